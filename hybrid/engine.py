@@ -1,0 +1,130 @@
+"""One model, loaded, and one step of it: `Engine(config).step(batch)`.
+
+Joins checkpoint, experts, weights, cache and model; asks for logits only where a row needs them. Knows no requests
+beyond the rows of a batch, and decides nothing: pages, order and sampling settings come with the batch. Torch runs
+with its own number of threads (`torch.set_num_threads` is the caller's to set); the expert workers are separate.
+Called by the engine process, by benches and by tests.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+
+from hybrid.batch import Batch, Row, RowOutput, StepOutput, TokenLogprob
+from hybrid.config import ConfigError, EngineConfig, ModelConfig
+from hybrid.inputs import check_rows, row_starts, upload
+from hybrid.kv import allocate
+from hybrid.model import build_model
+from hybrid.sampler import sample_rows, score
+from hybrid.weights import load_weights
+from offload.checkpoint import Checkpoint
+from offload.experts import Experts
+from offload.store import open_store
+
+LOGIT_ROWS = 256  # positions whose logits exist at once: 168 MB of float32 at 163,840 words
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+Progress = Callable[[str, int, int], None]
+Notice = Callable[[str], None]
+Sampled = tuple[int, TokenLogprob | None]
+
+
+def _silent_progress(stage: str, done: int, total: int) -> None:
+    """Nobody watches."""
+
+
+def _silent_notice(text: str) -> None:
+    """Nobody reads."""
+
+
+class Engine:
+    """A loaded model. `step` is not re-entrant: one caller at a time."""
+
+    def __init__(
+        self, config: EngineConfig, progress: Progress = _silent_progress, notice: Notice = _silent_notice
+    ) -> None:
+        """Load everything; `progress(stage, bytes done, bytes in all)` and `notice(line)` report meanwhile.
+
+        Raises ConfigError or CheckpointError, one line for the user each.
+        """
+        self._config = config
+        self._device = _device(config.device)
+        dtype = DTYPES[config.dtype]
+        self.model = ModelConfig.from_directory(config.model)
+        self._checkpoint = Checkpoint(config.model)
+        # Weights first: they are the smaller part, and tell soonest that checkpoint and config.json do not fit.
+        tensors = load_weights(self._checkpoint, self.model, self._device, dtype, progress, notice)
+        self._store = open_store(
+            self._checkpoint,
+            self.model.expert_name,
+            self.model.expert_geometry,
+            self.model.moe_layers,
+            config.expert_format,
+            progress,
+        )
+        for line in self._store.notices:
+            notice(line)
+        self._experts = Experts(self._store, config.pool)
+        self._transformer = build_model(self.model, tensors, self._experts, config.mla)
+        self._cache = allocate(self.model, config.n_pages, config.page_size, dtype, self._device)
+
+    def step(self, batch: Batch) -> StepOutput:
+        """Compute the new ids of every row, fill their cache pages, and answer each row in the batch's order."""
+        began = time.perf_counter()
+        check_rows(batch.rows, self._config.n_pages, self._config.page_size, self.model.vocab_size)
+        before = self._experts.stats()
+        with torch.inference_mode():
+            inputs = upload(batch, self._config.page_size, self._device)
+            hidden = self._transformer.hidden(inputs, self._cache)  # (T, D)
+            rows = self._answer(batch.rows, hidden)
+        after = self._experts.stats()
+        return StepOutput(
+            rows=rows,
+            seconds=time.perf_counter() - began,
+            expert_bytes=after.bytes_read - before.bytes_read,
+            distinct_experts=after.distinct_experts - before.distinct_experts,
+        )
+
+    def close(self) -> None:
+        """Stop the expert workers and unmap the checkpoint."""
+        self._experts.close()
+        self._store.close()
+        self._checkpoint.close()
+
+    def _answer(self, rows: Sequence[Row], hidden: torch.Tensor) -> tuple[RowOutput, ...]:
+        starts = row_starts(rows)
+        drawing = [i for i, row in enumerate(rows) if row.sampling is not None]
+        drawn = self._sample([rows[i] for i in drawing], hidden, [starts[i] for i in drawing])
+        sampled: dict[int, Sampled] = dict(zip(drawing, drawn, strict=True))
+        outputs = []
+        for i, row in enumerate(rows):
+            token, logprob = sampled.get(i, (None, None))
+            outputs.append(RowOutput(row.request_id, token, logprob, self._score(row, hidden, starts[i])))
+        return tuple(outputs)
+
+    def _sample(self, rows: Sequence[Row], hidden: torch.Tensor, starts: Sequence[int]) -> list[Sampled]:
+        """The next token after the last new id of each row."""
+        last = [start + len(row.ids) - 1 for row, start in zip(rows, starts, strict=True)]
+        sampled: list[Sampled] = []
+        for a in range(0, len(rows), LOGIT_ROWS):
+            index = torch.tensor(last[a : a + LOGIT_ROWS], device=hidden.device)
+            logits = self._transformer.logits(hidden[index])  # (B, vocabulary)
+            sampled += sample_rows(logits, rows[a : a + LOGIT_ROWS])
+        return sampled
+
+    def _score(self, row: Row, hidden: torch.Tensor, start: int) -> tuple[TokenLogprob, ...]:
+        """Logprobs of the row's known next ids."""
+        targets = row.targets or ()
+        scored: list[TokenLogprob] = []
+        for a in range(0, len(targets), LOGIT_ROWS):
+            some = targets[a : a + LOGIT_ROWS]
+            logits = self._transformer.logits(hidden[start + a : start + a + len(some)])  # (N, vocabulary)
+            scored += score(logits, some, row.n_alternatives)
+        return tuple(scored)
+
+
+def _device(name: str) -> torch.device:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: torch finds no CUDA device here; use --device cpu, or install torch for CUDA")
+    return torch.device(name)

@@ -1,0 +1,118 @@
+"""The transformer on the device: embedding, blocks of attention and MLP, norm and head.
+
+Reads like the paper: `x += attention(norm x); x += mlp(norm x)`. Knows no requests and no sampling.
+Called by `hybrid.engine`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch.nn.functional import embedding, linear
+
+from hybrid.config import ModelConfig
+from hybrid.inputs import StepInputs
+from hybrid.kv import LatentCache
+from hybrid.layers import Mlp, rms_norm
+from hybrid.mla import Attention, Path
+from hybrid.moe import Moe, RoutedExperts, Router
+from hybrid.rope import Rope, build_rope
+
+Tensors = Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """One layer, with a norm before each of its two halves."""
+
+    attention_norm: torch.Tensor  # (D,)
+    attention: Attention
+    mlp_norm: torch.Tensor  # (D,)
+    mlp: Mlp | Moe
+
+
+@dataclass(frozen=True, slots=True)
+class Transformer:
+    """A whole language model but its routed experts."""
+
+    eps: float
+    rope: Rope
+    embed: torch.Tensor  # (vocabulary, D)
+    blocks: tuple[Block, ...]
+    norm: torch.Tensor  # (D,)
+    head: torch.Tensor  # (vocabulary, D)
+
+    def hidden(self, inputs: StepInputs, cache: LatentCache) -> torch.Tensor:
+        """The residual stream after the last block, (T, D); the new ids' latents are in the cache afterwards."""
+        table = self.rope.table(inputs.positions)  # 2 x (T, R/2)
+        x = embedding(inputs.ids, self.embed)  # (T, D)
+        for block in self.blocks:
+            x = x + block.attention(rms_norm(x, block.attention_norm, self.eps), inputs, cache, self.rope, table)
+            x = x + block.mlp(rms_norm(x, block.mlp_norm, self.eps))
+        return x
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(N, D) to (N, vocabulary) float32."""
+        return linear(rms_norm(hidden, self.norm, self.eps), self.head).float()
+
+
+def build_model(config: ModelConfig, tensors: Tensors, experts: RoutedExperts, path: Path) -> Transformer:
+    """Join the loaded tensors (names of `ModelConfig.tensor_shapes`) to a model."""
+    routers = {
+        layer: Router(
+            config,
+            tensors[f"model.layers.{layer}.mlp.gate.weight"],
+            tensors.get(f"model.layers.{layer}.mlp.gate.e_score_correction_bias"),
+        )
+        for layer in config.moe_layers
+    }
+    embed = tensors["model.embed_tokens.weight"]
+    return Transformer(
+        eps=config.rms_norm_eps,
+        rope=build_rope(config, embed.device),
+        embed=embed,
+        blocks=tuple(
+            _block(config, layer, tensors, routers, experts, path) for layer in range(config.num_hidden_layers)
+        ),
+        norm=tensors["model.norm.weight"],
+        head=embed if config.tie_word_embeddings else tensors["lm_head.weight"],
+    )
+
+
+def _block(
+    config: ModelConfig, layer: int, tensors: Tensors, routers: Mapping[int, Router], experts: RoutedExperts, path: Path
+) -> Block:
+    base = f"model.layers.{layer}."
+    return Block(
+        attention_norm=tensors[f"{base}input_layernorm.weight"],
+        attention=_attention(config, layer, tensors, path),
+        mlp_norm=tensors[f"{base}post_attention_layernorm.weight"],
+        mlp=_moe(layer, tensors, routers, experts) if layer in routers else _mlp(tensors, f"{base}mlp."),
+    )
+
+
+def _attention(config: ModelConfig, layer: int, tensors: Tensors, path: Path) -> Attention:
+    base = f"model.layers.{layer}.self_attn."
+    return Attention(
+        config=config,
+        layer=layer,
+        path=path,
+        q_a=tensors.get(f"{base}q_a_proj.weight"),
+        q_a_norm=tensors.get(f"{base}q_a_layernorm.weight"),
+        q_b=tensors[f"{base}{'q_proj' if config.q_lora_rank is None else 'q_b_proj'}.weight"],
+        kv_a=tensors[f"{base}kv_a_proj_with_mqa.weight"],
+        kv_a_norm=tensors[f"{base}kv_a_layernorm.weight"],
+        kv_b=torch.unflatten(tensors[f"{base}kv_b_proj.weight"], 0, (config.num_attention_heads, -1)),  # (H, N + V, C)
+        out=tensors[f"{base}o_proj.weight"],
+    )
+
+
+def _moe(layer: int, tensors: Tensors, routers: Mapping[int, Router], experts: RoutedExperts) -> Moe:
+    later = [number for number in routers if number > layer]
+    following = (min(later), routers[min(later)]) if later else None
+    shared = _mlp(tensors, f"model.layers.{layer}.mlp.shared_experts.")
+    return Moe(layer, routers[layer], shared, experts, following)
+
+
+def _mlp(tensors: Tensors, base: str) -> Mlp:
+    return Mlp(*(tensors[f"{base}{part}_proj.weight"] for part in ("gate", "up", "down")))

@@ -1,0 +1,269 @@
+"""The routed experts of a model: submit one layer's tokens, go on, wait for the sum.
+
+The facade that hybrid talks to: torch tensors in, torch tensors out, on any device. Knows layers by number and
+experts by id, no model and no request. The work is done by kernels.layer on a WorkerPool; this file groups tokens by
+expert, owns the buffers, and counts.
+
+A token whose input holds NaN or an infinity gets NaN in every output (with int4 and int8 its scale becomes NaN, with
+bf16 and fp8 the arithmetic does it); the other tokens of the batch are not touched.
+"""
+
+import time
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from offload.config import PROJECTIONS, PoolConfig, matrix_bytes
+from offload.isa import choose
+from offload.kernels.layer import ACTIVE_COLUMNS, JOB, SCRATCH_BYTES, describe
+from offload.kernels.table import kernels
+from offload.pool import WorkerPool
+from offload.prefetch import read_ahead
+from offload.store import ExpertStore
+
+LINE = 64  # bytes; buffers start at a cache line
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertStats:
+    """Counters since the start; they only grow."""
+
+    layers_run: int = 0
+    tokens: int = 0
+    assignments: int = 0  # pairs of a token and an expert
+    distinct_experts: int = 0  # distinct experts, summed over the layers run
+    bytes_read: int = 0  # of those experts
+    seconds: float = 0.0  # from submit until wait has the result
+    hinted_experts: int = 0  # distinct experts named by hints that were followed by a submit
+    wanted_experts: int = 0  # distinct experts that those layers then ran
+    found_experts: int = 0  # of these, named by the hint
+    bytes_prefetched: int = 0  # asked from the disk because of hints
+
+    @property
+    def hint_recall(self) -> float | None:
+        """Share of the experts run that the hint had named; None before the first hint."""
+        return self.found_experts / self.wanted_experts if self.wanted_experts else None
+
+
+class Buffer:
+    """Memory for the workers that grows and never shrinks; bytes not yet written are zero."""
+
+    def __init__(self) -> None:
+        self._memory = np.zeros(LINE, np.uint8)
+
+    def address(self, n_bytes: int) -> int:
+        """Address of at least `n_bytes`, at a cache line. Growing loses what was written."""
+        if self._memory.nbytes < n_bytes + LINE:
+            self._memory = np.zeros((1 << (n_bytes - 1).bit_length()) + LINE, np.uint8)
+        return -(-self._memory.ctypes.data // LINE) * LINE
+
+
+@dataclass(frozen=True, slots=True)
+class Groups:
+    """Tokens by expert."""
+
+    active: npt.NDArray[np.int64]  # (n, 3): expert, first assignment, assignments; experts ascending
+    tokens: npt.NDArray[np.int64]  # (T*K,) in the experts' order; an expert's tokens ascending
+    weights: npt.NDArray[np.float32]  # (T*K,)
+
+    @classmethod
+    def of(cls, ids: npt.NDArray[np.int64], weights: npt.NDArray[np.float32], n_experts: int) -> "Groups":
+        """From the router's ids and weights, both (T, K)."""
+        flat = ids.reshape(-1)
+        order = np.argsort(flat, kind="stable")
+        counts = np.bincount(flat, minlength=n_experts)
+        experts = np.flatnonzero(counts)
+        active = np.empty((len(experts), ACTIVE_COLUMNS), np.int64)
+        active[:, 0], active[:, 2] = experts, counts[experts]
+        active[:, 1] = np.cumsum(active[:, 2]) - active[:, 2]
+        return cls(active, order // ids.shape[1], np.ascontiguousarray(weights.reshape(-1)[order]))
+
+
+class Pending:
+    """A submitted layer."""
+
+    def __init__(self, experts: "Experts", result: torch.Tensor, like: torch.Tensor) -> None:
+        self._experts = experts
+        self._result = result  # float32 (T, D) on the host, written by the workers
+        self._like = like
+        self._started = time.perf_counter()
+
+    def wait(self) -> torch.Tensor:
+        """Block until the sum is there: (T, D), in x's dtype, on x's device. Raises PoolError when a worker failed."""
+        if self._like.shape[0] > 0:
+            self._experts._finish(self, self._started)
+        return self._result.to(self._like.device, non_blocking=True).to(self._like.dtype)
+
+
+class Experts:
+    """All layers' experts and the workers that run them. Used by one thread."""
+
+    def __init__(self, store: ExpertStore, config: PoolConfig) -> None:
+        """Compiles or loads the kernels that this store and precision need, then starts the workers.
+
+        Raises ValueError when `config.isa` cannot run here or `config.threads` is below 1.
+        """
+        self._store = store
+        self.isa = choose(config.isa)
+        self._kernels = kernels(self.isa, store.format, config.precision)
+        self._index = {layer: i for i, layer in enumerate(store.layers)}
+        self._addresses = np.ascontiguousarray(store.addresses)
+        self._expert_bytes = store.geometry.expert_bytes(store.format)
+        self._stats = ExpertStats()
+        self._hints: dict[int, frozenset[int]] = {}
+        self._pending: Pending | None = None
+        self._alive: tuple[object, ...] = ()  # what the running job points to
+        self._x_records, self._h_records, self._scratch = Buffer(), Buffer(), Buffer()
+        self._host: dict[str, torch.Tensor] = {}  # pinned staging, by role
+        self._pool = WorkerPool(config.threads)
+        self._job = self._new_job()
+
+    @property
+    def n_workers(self) -> int:
+        return self._pool.n_workers
+
+    @property
+    def wants_hints(self) -> bool:
+        """True where a hint can do something: the store is mapped, so its pages may still be on the disk."""
+        return self._store.mapped
+
+    def submit(self, layer: int, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> Pending:
+        """Start y = sum_k weights_k * down(silu(gate x) * up x) for every row of x (T, D).
+
+        `ids` (T, K) are experts of the layer, any integer type; `weights` (T, K) are the router's. x may be on any
+        device and of any float type; on the CPU in float32 it is read in place, so leave it alone until `wait`.
+        Raises ValueError for shapes or ids that do not fit and RuntimeError while another layer is running.
+        """
+        if self._pending is not None:
+            raise RuntimeError("a layer is running: wait for it before the next submit")
+        self._check(layer, x, ids, weights)
+        values, chosen, shares = self._fetch(x, ids, weights)
+        if chosen.size and not 0 <= int(chosen.min()) <= int(chosen.max()) < self._store.geometry.n_experts:
+            raise ValueError(
+                f"ids: experts are 0 to {self._store.geometry.n_experts - 1}, got {chosen.min()} to {chosen.max()}"
+            )
+        result = self._staged("result", x, x.shape, torch.float32)
+        pending = Pending(self, result, x)
+        if x.shape[0] > 0:
+            groups = Groups.of(chosen, shares, self._store.geometry.n_experts)
+            self._count(layer, ids.shape, groups)
+            self._fill(self._index[layer], values, groups, result)
+            self._pending = pending
+            self._pool.submit(self._kernels.layer, self._job.ctypes.data)
+        return pending
+
+    def hint(self, layer: int, ids: torch.Tensor) -> None:
+        """Say which experts (T, K') the layer's next submit will probably want.
+
+        Starts reading them where the store is mapped and they are not in memory. Its hits show in `stats`.
+        """
+        experts = frozenset(ids.reshape(-1).tolist())
+        self._hints[layer] = experts
+        if self._store.mapped:
+            started = read_ahead(self._ranges(self._index[layer], experts))
+            self._stats = replace(self._stats, bytes_prefetched=self._stats.bytes_prefetched + started)
+
+    def stats(self) -> ExpertStats:
+        return self._stats
+
+    def close(self) -> None:
+        """Finish a running layer and end the workers. The store stays open: it is the caller's."""
+        self._pool.close()
+
+    def _check(self, layer: int, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> None:
+        if layer not in self._index:
+            raise ValueError(f"layer: {layer} has no routed experts here, layers are {sorted(self._index)}")
+        if x.ndim != 2 or x.shape[1] != self._store.geometry.hidden:
+            raise ValueError(f"x: expected (tokens, {self._store.geometry.hidden}), got {tuple(x.shape)}")
+        if ids.ndim != 2 or ids.shape[0] != x.shape[0] or ids.shape != weights.shape:
+            raise ValueError(
+                f"ids, weights: expected two ({x.shape[0]}, k), got {tuple(ids.shape)} and {tuple(weights.shape)}"
+            )
+
+    def _fetch(
+        self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
+    ) -> tuple[torch.Tensor, npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+        """The three on the host, in the types that the workers read."""
+        sources = {"x": x.detach().float(), "ids": ids.long(), "weights": weights.detach().float()}
+        if x.device.type == "cpu":
+            host = {role: tensor.contiguous() for role, tensor in sources.items()}
+        else:
+            host = {role: self._staged(role, x, tensor.shape, tensor.dtype) for role, tensor in sources.items()}
+            for role, tensor in sources.items():
+                host[role].copy_(tensor, non_blocking=True)
+            # Also lets an earlier result leave its staging buffer before the workers write there again.
+            torch.cuda.current_stream(x.device).synchronize()
+        return host["x"], host["ids"].numpy(), host["weights"].numpy()
+
+    def _staged(self, role: str, x: torch.Tensor, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+        """A host tensor: new for a CPU caller, who keeps it; else a part of a pinned buffer that is used again."""
+        if x.device.type == "cpu":
+            return torch.empty(shape, dtype=dtype)
+        kept = self._host.get(role)
+        if kept is None or kept.numel() < shape.numel():
+            kept = self._host[role] = torch.empty(shape.numel(), dtype=dtype, pin_memory=True)
+        return kept[: shape.numel()].view(shape)
+
+    def _new_job(self) -> npt.NDArray[np.void]:
+        """The job record with all that stays the same."""
+        job = np.zeros((), JOB)
+        geometry, layout = self._store.geometry, self._kernels.layout
+        job["gate"] = describe(self._store.format, *geometry.shape("gate"))
+        job["down"] = describe(self._store.format, *geometry.shape("down"))
+        job["x_record_bytes"] = layout.row_bytes(geometry.hidden)
+        job["h_record_bytes"] = layout.row_bytes(geometry.inner)
+        job["scratch"] = self._scratch.address(self._pool.n_workers * SCRATCH_BYTES)
+        for name in ("parts", "element", "vector", "offset", "limit"):
+            job[name] = getattr(layout, name)
+        job["encode"] = self._kernels.encode
+        job["products"] = self._kernels.products
+        job["block_rows"] = self._kernels.block_rows
+        return job
+
+    def _fill(self, index: int, x: torch.Tensor, groups: Groups, result: torch.Tensor) -> None:
+        job = self._job
+        job["n_tokens"], job["n_active"] = len(x), len(groups.active)
+        job["active"] = groups.active.ctypes.data
+        job["tokens"] = groups.tokens.ctypes.data
+        job["weights"] = groups.weights.ctypes.data
+        job["addresses"] = self._addresses[index].ctypes.data
+        job["x"], job["y"] = x.data_ptr(), result.data_ptr()
+        job["x_records"] = self._x_records.address(len(x) * int(job["x_record_bytes"]))
+        job["h_records"] = self._h_records.address(len(groups.tokens) * int(job["h_record_bytes"]))
+        self._alive = (x, groups, result)
+
+    def _finish(self, pending: Pending, started: float) -> None:
+        if self._pending is not pending:
+            raise RuntimeError("this layer was waited for already")
+        self._pending = None
+        self._pool.wait()
+        self._alive = ()
+        self._stats = replace(self._stats, seconds=self._stats.seconds + time.perf_counter() - started)
+
+    def _count(self, layer: int, shape: torch.Size, groups: Groups) -> None:
+        s, n_active = self._stats, len(groups.active)
+        hinted = self._hints.pop(layer, None)
+        found = 0 if hinted is None else len(hinted.intersection(groups.active[:, 0].tolist()))
+        self._stats = replace(
+            s,
+            layers_run=s.layers_run + 1,
+            tokens=s.tokens + shape[0],
+            assignments=s.assignments + shape.numel(),
+            distinct_experts=s.distinct_experts + n_active,
+            bytes_read=s.bytes_read + n_active * self._expert_bytes,
+            hinted_experts=s.hinted_experts + (0 if hinted is None else len(hinted)),
+            wanted_experts=s.wanted_experts + (0 if hinted is None else n_active),
+            found_experts=s.found_experts + found,
+        )
+
+    def _ranges(self, index: int, experts: frozenset[int]) -> list[tuple[int, int]]:
+        """Addresses and sizes of the experts' weights."""
+        fmt, geometry = self._store.format, self._store.geometry
+        sizes = [matrix_bytes(*geometry.shape(projection), fmt) for projection in PROJECTIONS]
+        return [
+            (int(self._addresses[index, expert, i, 0]), size)
+            for expert in sorted(experts)
+            for i, size in enumerate(sizes)
+        ]

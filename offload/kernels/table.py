@@ -1,0 +1,78 @@
+"""The compiled functions of one variant, by tier, format and precision.
+
+`kernels` is what start-up calls: it compiles, or loads from the cache, exactly what one store and one precision need,
+so that no request pays for it. Knows the C signature of a product and nothing about jobs or threads.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from numba import cfunc, types
+
+from offload.config import ExpertFormat, Isa, Precision
+from offload.kernels.activation import Layout, encode, layout
+from offload.kernels.intrinsics import NOPYTHON, load_i64, store_f32
+from offload.kernels.layer import run_layer
+from offload.kernels.portable import row_product
+from offload.kernels.product import BLOCK_ROWS, MAX_TOKENS, TILE, emit_product
+
+# weights, row_bytes, scales, scale_bytes: address and stride of the first row;  rows: how many are valid
+# n_in: inputs of a row;  n: tokens, 1 to MAX_TOKENS;  records: address of their records' addresses
+# out: float32 (tokens, TILE), the first columns are written;  ahead: address of the rows that come next
+PRODUCT = types.void(*[types.int64] * 10)
+VECTOR_TOKENS = range(1, MAX_TOKENS + 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Kernels:
+    """Addresses of compiled code and what a caller must know to use it."""
+
+    isa: Isa
+    layout: Layout
+    products: tuple[int, ...]  # by tokens, 1 to MAX_TOKENS
+    block_rows: tuple[int, ...]  # rows of one call, by tokens
+    encode: int  # activation.encode
+    layer: int  # the job function of kernels.layer
+    code: tuple[Any, ...]  # keeps the compiled functions alive
+
+
+def vector_product(isa: Isa, fmt: ExpertFormat, precision: Precision, tokens: int) -> Any:
+    # The variant is closed over as plain strings and numbers: numba's cache key holds them.
+    @cfunc(PRODUCT, cache=True, **NOPYTHON)
+    def product(weights, row_bytes, scales, scale_bytes, rows, n_in, n, records, out, ahead):
+        emit_product(
+            isa, fmt, precision, tokens, weights, row_bytes, scales, scale_bytes, rows, n_in, n, records, out, ahead
+        )
+
+    return product
+
+
+def portable_product(fmt: ExpertFormat, precision: Precision) -> Any:
+    element = layout("portable", fmt, precision).element
+
+    @cfunc(PRODUCT, cache=True, **NOPYTHON)
+    def product(weights, row_bytes, scales, scale_bytes, rows, n_in, n, records, out, ahead):
+        for token in range(n):
+            record = load_i64(records + 8 * token)
+            for row in range(rows):
+                place = weights + row * row_bytes, scales + row * scale_bytes
+                store_f32(out + 4 * (token * TILE + row), row_product(fmt, element, *place, n_in, record))
+
+    return product
+
+
+def kernels(isa: Isa, fmt: ExpertFormat, precision: Precision) -> Kernels:
+    """Compile or load one variant; half a minute at worst the first time, well under two seconds after."""
+    if isa == "portable":
+        code = (portable_product(fmt, precision),) * MAX_TOKENS
+    else:
+        code = tuple(vector_product(isa, fmt, precision, tokens) for tokens in VECTOR_TOKENS)
+    return Kernels(
+        isa=isa,
+        layout=layout(isa, fmt, precision),
+        products=tuple(function.address for function in code),
+        block_rows=BLOCK_ROWS[isa],
+        encode=encode.address,
+        layer=run_layer.address,
+        code=code,
+    )

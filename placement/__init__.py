@@ -1,0 +1,1 @@
+"""What goes where, decided before a byte is loaded. Knows no requests."""

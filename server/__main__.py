@@ -1,0 +1,143 @@
+"""The `hybrid` command; `python -m server` is the same. Joins the parts and turns errors into exit statuses.
+
+0 fine, 1 run-time failure, 2 usage, 78 configuration, 130 interrupted.
+"""
+
+import argparse
+import asyncio
+import json
+import logging
+import os
+import platform
+import sys
+from collections.abc import Callable, Mapping
+from importlib import metadata
+from pathlib import Path
+
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from server import args, chat_client, default_model
+from server.options import SettingsError
+
+FAILURE, CONFIGURATION, INTERRUPTED = 1, 78, 130
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns its exit status."""
+    given = args.parser().parse_args(argv)
+    commands: dict[str, Callable[[argparse.Namespace, Mapping[str, str]], int]] = {
+        "serve": _serve,
+        "chat": _chat,
+        "make-checkpoint": _make_checkpoint,
+        "version": _version,
+    }
+    try:
+        return commands[given.command](given, os.environ)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except SettingsError as error:
+        return _fail(str(error), CONFIGURATION)
+    except BrokenPipeError:  # `hybrid … | head`: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILURE
+
+
+def _serve(given: argparse.Namespace, environ: Mapping[str, str]) -> int:
+    settings = args.serve_settings(given, environ, lambda: _default_model(environ))
+    logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s")
+    from server.app import run  # aiohttp takes a while to import: not for `hybrid version`
+
+    return run(settings)
+
+
+def _default_model(environ: Mapping[str, str]) -> Path:
+    cache = Path(environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hybrid"
+    _tell(default_model.WARNING)
+    try:
+        return default_model.default_model(cache, lambda: _tell(f"writing it to {cache} (first start only)"))
+    except OSError as error:
+        raise SettingsError(
+            f"{cache}: the default model cannot be written: {error.strerror}; name one: --model DIR"
+        ) from None
+
+
+def _chat(given: argparse.Namespace, environ: Mapping[str, str]) -> int:
+    prompt = " ".join(given.prompt)
+    if not sys.stdin.isatty():
+        prompt = "\n".join(part for part in (prompt, sys.stdin.read().strip()) if part)
+    client = chat_client.ChatClient(
+        url=given.url.rstrip("/"),
+        model=given.model,
+        api_key=given.api_key or environ.get("HYBRID_API_KEY"),
+        thinking=given.thinking,
+        max_tokens=given.max_tokens,
+    )
+    try:
+        if prompt or not sys.stdin.isatty():
+            asyncio.run(client.ask(prompt))
+        else:
+            chat_client.converse(client)
+    except chat_client.ChatError as error:
+        return _fail(str(error), FAILURE)
+    return 0
+
+
+def _make_checkpoint(given: argparse.Namespace, environ: Mapping[str, str]) -> int:
+    from hybrid.random_checkpoint import write_checkpoint
+
+    try:
+        config = json.loads(given.config.read_bytes())
+    except OSError as error:
+        return _fail(f"--config {given.config}: {error.strerror}", CONFIGURATION)
+    except ValueError as error:
+        return _fail(f"--config {given.config}: not JSON: {error}", CONFIGURATION)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    try:
+        with Progress(*columns, disable=not sys.stdout.isatty()) as bars:
+            bar = bars.add_task("writing")
+            write_checkpoint(
+                config,
+                given.out,
+                given.seed,
+                given.tokenizer,
+                progress=lambda done, total: bars.update(bar, completed=done, total=total),
+            )
+    except ValueError as error:
+        return _fail(str(error), CONFIGURATION)
+    except OSError as error:
+        return _fail(f"--out {given.out}: {error.strerror}", FAILURE)
+    print(given.out)
+    return 0
+
+
+def _version(given: argparse.Namespace, environ: Mapping[str, str]) -> int:
+    print(f"hybrid {_installed('hybrid')}")
+    print(f"Python {platform.python_version()}, torch {_installed('torch')}, numba {_installed('numba')}")
+    return 0
+
+
+def _installed(package: str) -> str:
+    """The version from the package's metadata: importing torch only to ask would take seconds."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "(not installed)"
+
+
+def _tell(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _fail(text: str, status: int) -> int:
+    _tell(f"hybrid: {text}")
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,148 @@
+"""The command line of `hybrid`: four subcommands, and where the settings of `serve` come from.
+
+A flag beats an environment variable, that beats the YAML file, that beats the default. Starts nothing.
+Called by `__main__.py`.
+"""
+
+import argparse
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from server.options import Option, SettingsError, read_environment, read_file, server_options
+from server.settings import ServerSettings
+
+SOURCES = """\
+Every option is also a key of the YAML file (without the dashes) and an environment variable (HYBRID_ and the name
+in capitals): --max-model-len, max-model-len: and HYBRID_MAX_MODEL_LEN. A flag beats a variable, a variable beats the
+file."""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    top = argparse.ArgumentParser(
+        prog="hybrid", description="Serve Kimi-K2.5-class models on one machine, routed experts in CPU RAM."
+    )
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_serve(commands)
+    _add_chat(commands)
+    _add_make_checkpoint(commands)
+    commands.add_parser("version", help="print the versions of hybrid and what it runs on")
+    return top
+
+
+def serve_settings(
+    given: argparse.Namespace, environ: Mapping[str, str], default_model: Callable[[], Path]
+) -> ServerSettings:
+    """Settings of `serve`; `default_model` is asked for a directory only where no source names one.
+
+    Raises SettingsError naming the variable, or the file and key.
+    """
+    options = server_options()
+    config = given.config or environ.get("HYBRID_CONFIG")
+    from_file = read_file(Path(config), options) if config else {}
+    flags = {option.field: getattr(given, option.field) for option in options if hasattr(given, option.field)}
+    values: dict[str, Any] = {**from_file, **read_environment(environ, options), **flags}
+    if "model" not in values:
+        values["model"] = default_model()
+    if not values["model"].is_dir():
+        raise SettingsError(f"--model {values['model']}: no such directory; name a checkpoint directory")
+    return ServerSettings(**values)
+
+
+def _add_serve(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    serve = commands.add_parser(
+        "serve",
+        help="start the server",
+        description="Serve a checkpoint over an OpenAI-compatible HTTP interface.",
+        epilog=SOURCES,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    serve.add_argument("--config", metavar="FILE", help="YAML file of options")
+    for option in server_options():
+        _add_option(serve, option)
+
+
+def _add_option(serve: argparse.ArgumentParser, option: Option) -> None:
+    # SUPPRESS: an attribute that is absent was not given, so that variable and file get their turn.
+    common: dict[str, Any] = {"dest": option.field, "default": argparse.SUPPRESS, "help": described(option)}
+    if option.kind == "switch":
+        serve.add_argument(option.flag, action=argparse.BooleanOptionalAction, **common)
+    elif option.kind == "choice":
+        serve.add_argument(option.flag, choices=option.choices, **common)
+    elif option.kind == "texts":
+        serve.add_argument(option.flag, action=_Collect, metavar="TEXT", **common)
+    else:
+        metavar = {"path": "DIR", "text": "TEXT", "bytes": "SIZE"}.get(option.kind, "N")
+        serve.add_argument(option.flag, type=_flag_type(option), metavar=metavar, **common)
+
+
+def described(option: Option) -> str:
+    """The help text with the default, unless the text tells it."""
+    if option.field == "model":
+        return f"{option.help} (default: the embedded one, random weights)"
+    if option.default in (None, ()):
+        return option.help
+    return f"{option.help} (default: {option.default})"
+
+
+def _flag_type(option: Option) -> Callable[[str], Any]:
+    def convert(text: str) -> Any:
+        try:
+            return option.from_text(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"expected {option.expected}, found {text!r}") from None
+
+    return convert
+
+
+class _Collect(argparse.Action):
+    """Gathers a repeated flag into a tuple."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        setattr(namespace, self.dest, (*getattr(namespace, self.dest, ()), values))
+
+
+def _add_chat(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    chat = commands.add_parser(
+        "chat",
+        help="talk to a running server",
+        description="Talk to a running server. With a prompt (or with text on standard input) one answer is printed; "
+        "else a conversation starts. The answer goes to standard output, reasoning to standard error.",
+    )
+    chat.add_argument("prompt", nargs="*", help="what to ask")
+    chat.add_argument("--url", default="http://127.0.0.1:8000", help="the server (default: %(default)s)")
+    chat.add_argument("--model", help="model name (default: the first one the server lists)")
+    chat.add_argument("--api-key", help="key to send (default: the variable HYBRID_API_KEY)")
+    chat.add_argument("--max-tokens", type=_positive, metavar="N", help="longest answer (default: the server's)")
+    mode = chat.add_mutually_exclusive_group()
+    mode.add_argument("--thinking", dest="thinking", action="store_true", default=None, help="let the model reason")
+    mode.add_argument("--instant", dest="thinking", action="store_false", help="answer at once")
+
+
+def _add_make_checkpoint(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    make = commands.add_parser(
+        "make-checkpoint",
+        help="write a random checkpoint in the published layout",
+        description="Write a checkpoint of random weights in the published layout of the config's family.",
+    )
+    make.add_argument("--config", required=True, type=Path, metavar="FILE", help="config.json of the model to imitate")
+    make.add_argument("--out", required=True, type=Path, metavar="DIR", help="directory to write; must be empty or new")
+    make.add_argument("--seed", required=True, type=int, metavar="N", help="the weights are a function of it")
+    make.add_argument(
+        "--tokenizer", type=Path, metavar="DIR", help="directory to copy the tokenizer from (default: one of 256 bytes)"
+    )
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number

@@ -1,0 +1,1 @@
+"""Tests; `python -m tests.bench.…` and `python -m tests.gpu` run from here."""

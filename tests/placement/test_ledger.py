@@ -1,0 +1,228 @@
+"""placement.ledger: bytes against sums made another way, and what it says when something does not fit."""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hybrid.config import ModelConfig
+from hybrid.random_checkpoint import write_checkpoint
+from offload.checkpoint import Checkpoint
+from offload.config import ExpertFormat
+from placement.facts import Facts
+from placement.ledger import PlacementError, Wishes, expert_bytes, human, place, weight_bytes
+
+GIB = 2**30
+
+# The shape of Kimi-K2.5, whose sizes are known from its model card.
+K25_TEXT = {
+    "model_type": "kimi_k2",
+    "hidden_size": 7168,
+    "num_hidden_layers": 61,
+    "first_k_dense_replace": 1,
+    "moe_layer_freq": 1,
+    "intermediate_size": 18432,
+    "moe_intermediate_size": 2048,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 64,
+    "q_lora_rank": 1536,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "n_routed_experts": 384,
+    "num_experts_per_tok": 8,
+    "n_shared_experts": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "topk_method": "noaux_tc",
+    "scoring_func": "sigmoid",
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 2.827,
+    "rms_norm_eps": 1e-5,
+    "vocab_size": 163840,
+    "max_position_embeddings": 262144,
+    "rope_theta": 50000.0,
+    "tie_word_embeddings": False,
+    "hidden_act": "silu",
+    "eos_token_id": 163586,
+    "quantization_config": {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "config_groups": {
+            "group_0": {"weights": {"num_bits": 4, "type": "int", "symmetric": True, "group_size": 32}},
+        },
+    },
+}
+K25 = ModelConfig.from_json({"model_type": "kimi_k25", "eos_token_id": 163586, "text_config": K25_TEXT})
+WISHES = Wishes("bfloat16", "native", max_model_len=None, max_running=16, max_batch_tokens=512)
+WORKSTATION = Facts("cuda", "GPU", 48 * GIB, 47 * GIB, 768 * GIB, 760 * GIB)
+
+
+def cpu(gib: float) -> Facts:
+    free = int(gib * GIB)
+    return Facts("cpu", "CPU", free, free, free, free)
+
+
+def test_k25_against_its_model_card() -> None:
+    # One expert is 24.77 MB, all are 570.8 GB; a cached token is 70.3 kB in bf16.
+    assert expert_bytes(K25, "int4") == 60 * 384 * 24_772_608
+    assert K25.kv_bytes_per_token(2) == 61 * (512 + 64) * 2
+    groups = weight_bytes(K25, 2)
+    assert groups["embedding"] == groups["output head"] == 163840 * 7168 * 2
+    assert groups["dense MLP"] == 3 * 7168 * 18432 * 2
+    assert groups["shared experts"] == 60 * 3 * 7168 * 2048 * 2
+    assert groups["router (float32)"] == 60 * 384 * (7168 + 1) * 4
+    per_layer = 7168 * 1536 + 1536 * 64 * 192 + 7168 * 576 + 512 * 64 * 256 + 64 * 128 * 7168
+    norms_inside_attention = 1536 + 512
+    assert groups["attention"] + groups["norms"] == 2 * (61 * (per_layer + norms_inside_attention + 2 * 7168) + 7168)
+    assert sum(groups.values()) == K25.non_expert_bytes(2)
+
+
+def test_weights_equal_the_tensors_of_a_checkpoint(tmp_path: Path) -> None:
+    raw = json.loads((Path(__file__).parents[2] / "server" / "default_model.json").read_text())
+    write_checkpoint(raw, tmp_path / "m", 1, None)
+    model = ModelConfig.from_directory(tmp_path / "m")
+    tensors = Checkpoint(tmp_path / "m").tensors
+    routed = [info for name, info in tensors.items() if ".mlp.experts." in name]
+    shapes = sum(info.n_bytes for info in routed if info.name.endswith("weight_shape"))  # read once, not kept
+    assert sum(info.n_bytes for info in routed) == expert_bytes(model, "int4") + shapes
+    others = {name: info for name, info in tensors.items() if ".mlp.experts." not in name}
+    elements = sum(math.prod(info.shape) * (4 if ".mlp.gate." in name else 2) for name, info in others.items())
+    assert elements == sum(weight_bytes(model, 2).values())
+
+
+def test_k25_on_a_workstation() -> None:
+    placement = place(K25, WORKSTATION, WISHES)
+    assert placement.max_model_len == 262144
+    assert placement.n_pages * 16 >= 262144
+    assert placement.n_bytes("device") <= WORKSTATION.device_free
+    assert placement.n_bytes("RAM") == expert_bytes(K25, "int4")
+    assert placement.notes == ()
+    table = placement.table()
+    assert "routed experts, int4, mapped from the checkpoint" in table
+    assert "570.76 GB" in table
+
+
+def test_pages_are_capped_by_what_can_run() -> None:
+    wishes = replace(WISHES, max_model_len=1000, max_running=3)
+    assert place(K25, WORKSTATION, wishes).n_pages == 3 * 63
+
+
+def test_a_shorter_context_is_the_nearest_remedy() -> None:
+    facts = replace(WORKSTATION, device_total=32 * GIB, device_free=31 * GIB)
+    with pytest.raises(PlacementError) as caught:
+        place(K25, facts, replace(WISHES, max_model_len=262144))
+    message = str(caught.value)
+    assert message.startswith("one request of 262144 tokens needs 18.42 GB of KV pages and ")
+    length = int(message.split("this fits: --max-model-len ")[1])
+    place(K25, facts, replace(WISHES, max_model_len=length))
+    with pytest.raises(PlacementError):
+        place(K25, facts, replace(WISHES, max_model_len=length + 16))
+
+
+def test_without_a_wish_the_context_is_shortened_and_told() -> None:
+    facts = replace(WORKSTATION, device_total=32 * GIB, device_free=31 * GIB)
+    placement = place(K25, facts, WISHES)
+    assert 0 < placement.max_model_len < 262144
+    assert placement.notes == (f"the longest request is {placement.max_model_len} tokens; the model allows 262144",)
+
+
+def test_bfloat16_is_the_remedy_for_float32_weights() -> None:
+    facts = replace(WORKSTATION, device_total=40 * GIB, device_free=39 * GIB)
+    with pytest.raises(
+        PlacementError, match=r"the device \(GPU\) has 41\.88 GB free and 50.* are needed; .*--dtype bfloat16$"
+    ):
+        place(K25, facts, replace(WISHES, dtype="float32"))
+
+
+def test_a_card_too_small_for_any_setting() -> None:
+    with pytest.raises(PlacementError, match="no single setting helps"):
+        place(K25, replace(WORKSTATION, device_total=16 * GIB, device_free=15 * GIB), WISHES)
+
+
+def test_a_copy_of_the_experts_must_fit_in_ram() -> None:
+    with pytest.raises(
+        PlacementError, match=r"RAM has 816\.04 GB free and 1\.08 TB are needed for a copy of the experts; .*int4$"
+    ):
+        place(K25, WORKSTATION, replace(WISHES, expert_target="int8"))
+
+
+def test_int4_is_the_remedy_where_it_fits() -> None:
+    model = replace(K25, expert_format="bf16")
+    with pytest.raises(PlacementError, match=r"fits: --expert-format int4$"):
+        place(model, WORKSTATION, replace(WISHES, expert_target="int8"))
+
+
+def test_mapped_experts_may_overflow_ram_with_a_note() -> None:
+    placement = place(K25, replace(WORKSTATION, ram_total=128 * GIB, ram_free=120 * GIB), WISHES)
+    assert any("570.76 GB of page cache" in note for note in placement.notes)
+
+
+def test_cpu_counts_its_memory_once() -> None:
+    small = replace(K25, num_hidden_layers=3)  # two layers of experts: 19 GB
+    needed = sum(weight_bytes(small, 2).values()) + expert_bytes(small, "int4")
+    placement = place(small, cpu(needed / GIB + 8), replace(WISHES, max_model_len=4096))
+    assert placement.notes == ()
+    assert placement.n_bytes("device") + placement.n_bytes("RAM") <= placement.facts.ram_free
+    copied = replace(small, expert_format="bf16")
+    wishes = replace(WISHES, max_model_len=4096, expert_target="int4")
+    assert place(copied, cpu(needed / GIB + 8), wishes).n_bytes("RAM") == expert_bytes(small, "int4")
+    with pytest.raises(PlacementError):
+        place(copied, cpu(needed / GIB), wishes)
+
+
+def test_context_beyond_the_models() -> None:
+    with pytest.raises(PlacementError, match="--max-model-len 300000: the model allows at most 262144 tokens"):
+        place(K25, WORKSTATION, replace(WISHES, max_model_len=300000))
+
+
+def test_kv_memory() -> None:
+    placement = place(K25, WORKSTATION, replace(WISHES, max_model_len=1000, kv_bytes=10**9))
+    assert placement.n_pages == 10**9 // (16 * 70272)
+    with pytest.raises(PlacementError, match=r"--kv-memory is 90\.00 GB and .*; this fits: no --kv-memory$"):
+        place(K25, WORKSTATION, replace(WISHES, max_model_len=1000, kv_bytes=90 * 10**9))
+    with pytest.raises(PlacementError, match=r"fits: --max-model-len 14224$"):
+        place(K25, WORKSTATION, replace(WISHES, max_model_len=20000, kv_bytes=10**9))
+
+
+def test_human() -> None:
+    assert [human(n) for n in (0, 999, 12_345_678, 570_760_888_320)] == ["0.0 kB", "1.0 kB", "12.35 MB", "570.76 GB"]
+
+
+@given(
+    device=st.sampled_from(["cpu", "cuda"]),
+    vram=st.integers(1, 200),
+    memory=st.integers(1, 1200),
+    dtype=st.sampled_from(["float32", "bfloat16"]),
+    target=st.sampled_from(["native", "int8", "int4"]),
+    published=st.sampled_from(["int4", "bf16", "fp8"]),
+    length=st.none() | st.integers(1, 262144),
+    running=st.integers(1, 128),
+    kv=st.none() | st.integers(1, 10**11),
+)
+def test_whatever_fits_really_fits(
+    device: str, vram: int, memory: int, dtype: str, target: str, published: ExpertFormat, length: int | None,
+    running: int, kv: int | None,
+) -> None:  # fmt: skip
+    model = replace(K25, expert_format=published)
+    facts = cpu(memory) if device == "cpu" else Facts("cuda", "GPU", vram * GIB, vram * GIB, memory * GIB, memory * GIB)
+    wishes = Wishes(dtype, target, length, running, 512, kv)  # type: ignore[arg-type]
+    try:
+        placement = place(model, facts, wishes)
+    except PlacementError as error:
+        assert "\n" not in str(error)
+        return
+    assert placement.n_pages * wishes.page_size >= placement.max_model_len >= 1
+    assert length is None or placement.max_model_len == length
+    assert placement.n_bytes("device") <= facts.device_free
+    copied = target not in ("native", published)
+    if copied:
+        needed = placement.n_bytes("RAM") + (placement.n_bytes("device") if device == "cpu" else 0)
+        assert needed <= facts.ram_free
+    elif not placement.notes and device == "cpu":
+        assert placement.n_bytes("RAM") + placement.n_bytes("device") <= facts.ram_free

@@ -1,0 +1,118 @@
+"""The `hybrid` command as a process: exit statuses, clean streams, no tracebacks for user errors."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parents[2]
+DEFAULT_CONFIG = REPO / "server" / "default_model.json"
+
+
+def hybrid(*line: str, env: dict[str, str] | None = None, stdin: str = "") -> "subprocess.CompletedProcess[str]":
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("HYBRID_")}
+    command = [sys.executable, "-m", "server", *line]
+    return subprocess.run(
+        command, cwd=REPO, env={**clean, **(env or {})}, input=stdin, capture_output=True, text=True, timeout=120
+    )
+
+
+def one_line(done: "subprocess.CompletedProcess[str]") -> str:
+    assert "Traceback" not in done.stderr
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1, done.stderr
+    return lines[0]
+
+
+def test_version() -> None:
+    done = hybrid("version")
+    assert done.returncode == 0
+    assert done.stderr == ""
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith("hybrid ")
+    assert "torch" in lines[1]
+    assert "numba" in lines[1]
+
+
+def test_usage_is_2() -> None:
+    done = hybrid("serve", "--port", "http")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert "argument --port: expected a whole number, found 'http'" in done.stderr
+    assert hybrid().returncode == 2
+
+
+@pytest.mark.parametrize(
+    ("line", "env", "words"),
+    [
+        (["serve", "--model", "/no/such"], {}, "--model /no/such: no such directory"),
+        (["serve"], {"HYBRID_PROT": "1"}, "unknown environment variable HYBRID_PROT; did you mean HYBRID_PORT?"),
+        (["serve"], {"HYBRID_CONFIG": "/no.yaml"}, "/no.yaml: cannot be read"),
+        (["make-checkpoint", "--config", "/no.json", "--out", "x", "--seed", "1"], {}, "/no.json: No such file"),
+    ],
+)
+def test_configuration_is_78(line: list[str], env: dict[str, str], words: str) -> None:
+    done = hybrid(*line, env=env)
+    assert done.returncode == 78
+    assert words in one_line(done)
+
+
+def test_a_config_file_error_names_file_and_key(tmp_path: Path) -> None:
+    config = tmp_path / "c.yaml"
+    config.write_text("max-model-length: 4\n")
+    done = hybrid("serve", "--config", str(config))
+    assert done.returncode == 78
+    assert one_line(done) == f"hybrid: {config}: unknown key max-model-length; did you mean max-model-len?"
+
+
+def test_an_unwritable_cache_is_told(tmp_path: Path) -> None:
+    (tmp_path / "hybrid").write_text("in the way")
+    done = hybrid("serve", env={"XDG_CACHE_HOME": str(tmp_path)})
+    assert done.returncode == 78
+    assert "the default model cannot be written" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_make_checkpoint(tmp_path: Path) -> None:
+    out = tmp_path / "made"
+    line = ("make-checkpoint", "--config", str(DEFAULT_CONFIG), "--out", str(out), "--seed", "3")
+    done = hybrid(*line)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == f"{out}\n"
+    assert (out / "model.safetensors.index.json").is_file()
+    again = hybrid(*line)
+    assert again.returncode == 78
+    assert str(out) in one_line(again)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [("{", "not JSON"), ("[]", ""), ("{}", "model_type"), ('{"model_type": "llama"}', "llama")],
+)
+def test_make_checkpoint_refuses_a_bad_config(tmp_path: Path, text: str, words: str) -> None:
+    config = tmp_path / "config.json"
+    config.write_text(text)
+    done = hybrid("make-checkpoint", "--config", str(config), "--out", str(tmp_path / "o"), "--seed", "1")
+    assert done.returncode == 78
+    assert words in one_line(done)
+    assert not (tmp_path / "o").exists()
+
+
+def test_make_checkpoint_names_a_missing_key(tmp_path: Path) -> None:
+    raw = json.loads(DEFAULT_CONFIG.read_text())
+    del raw["text_config"]["kv_lora_rank"]
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(raw))
+    done = hybrid("make-checkpoint", "--config", str(config), "--out", str(tmp_path / "o"), "--seed", "1")
+    assert done.returncode == 78
+    assert "kv_lora_rank" in one_line(done)
+
+
+def test_chat_without_a_server_says_so() -> None:
+    done = hybrid("chat", "--url", "http://127.0.0.1:9", "hello")
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert "is the server running?" in one_line(done)

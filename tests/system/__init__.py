@@ -1,0 +1,1 @@
+"""HTTP in, tokens out: the real server in its own process."""
