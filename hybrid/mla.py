@@ -28,7 +28,7 @@ QUERY_BLOCK = 128  # queries scored at once: 67 MB of float32 scores at 64 heads
 # where the config says 1e-5 (K2.5, Moonlight). transformers 5.23 does the same; parity is measured against it.
 LATENT_NORM_EPS = 1e-6
 
-Path = Literal["auto", "naive", "absorbed"]
+MlaPath = Literal["auto", "naive", "absorbed"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,7 @@ class Attention:
 
     config: ModelConfig
     layer: int
-    path: Path
+    path: MlaPath
     q_a: torch.Tensor | None  # (Q, D)
     q_a_norm: torch.Tensor | None  # (Q,)
     q_b: torch.Tensor  # (H * (N + R), Q or D)

@@ -14,7 +14,7 @@ from hybrid.config import ModelConfig
 from hybrid.inputs import StepInputs
 from hybrid.kv import LatentCache
 from hybrid.layers import Mlp, rms_norm
-from hybrid.mla import Attention, Path
+from hybrid.mla import Attention, MlaPath
 from hybrid.moe import Moe, RoutedExperts, Router
 from hybrid.rope import Rope, build_rope
 
@@ -56,7 +56,7 @@ class Transformer:
         return linear(rms_norm(hidden, self.norm, self.eps), self.head).float()
 
 
-def build_model(config: ModelConfig, tensors: Tensors, experts: RoutedExperts, path: Path) -> Transformer:
+def build_model(config: ModelConfig, tensors: Tensors, experts: RoutedExperts, path: MlaPath) -> Transformer:
     """Join the loaded tensors (names of `ModelConfig.tensor_shapes`) to a model."""
     routers = {
         layer: Router(
@@ -80,7 +80,12 @@ def build_model(config: ModelConfig, tensors: Tensors, experts: RoutedExperts, p
 
 
 def _block(
-    config: ModelConfig, layer: int, tensors: Tensors, routers: Mapping[int, Router], experts: RoutedExperts, path: Path
+    config: ModelConfig,
+    layer: int,
+    tensors: Tensors,
+    routers: Mapping[int, Router],
+    experts: RoutedExperts,
+    path: MlaPath,
 ) -> Block:
     base = f"model.layers.{layer}."
     return Block(
@@ -91,7 +96,7 @@ def _block(
     )
 
 
-def _attention(config: ModelConfig, layer: int, tensors: Tensors, path: Path) -> Attention:
+def _attention(config: ModelConfig, layer: int, tensors: Tensors, path: MlaPath) -> Attention:
     base = f"model.layers.{layer}.self_attn."
     return Attention(
         config=config,

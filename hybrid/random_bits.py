@@ -44,3 +44,10 @@ def bell() -> npt.NDArray[np.float32]:
     """What each 16-bit integer stands for: the sum of its bytes less 255, a bell of standard deviation `BELL_STD`."""
     every = np.arange(1 << 16)
     return ((every & 255) + (every >> 8) - BELL_MAX).astype(np.float32)
+
+
+def coarse_bell() -> npt.NDArray[np.float32]:
+    """What each byte may stand for: the same bell cut into 256 equally likely values, from -1 to 1."""
+    likely = (np.arange(128) + 0.5) / 128
+    half = 1 - np.sqrt(likely[::-1])  # a square root is exactly rounded everywhere
+    return np.asarray(np.concatenate([-half[::-1], half]) / half[-1], np.float32)

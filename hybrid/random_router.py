@@ -49,7 +49,7 @@ class Router:
 
 def class_count(model: ModelConfig) -> int:
     """Enough classes that each expert is chosen by about two, and at most one dimension in eight spent on them."""
-    wanted = max(16, -(-2 * model.n_routed_experts // model.num_experts_per_tok))
+    wanted = max(32, -(-2 * model.n_routed_experts // model.num_experts_per_tok))
     return max(1, min(model.hidden_size // 8, wanted))
 
 

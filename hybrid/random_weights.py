@@ -3,8 +3,8 @@
 The weights are scaled so that mistakes show and rounding does not. Per token, after the embedding (standard deviation
 1) the layers add, over all depths together, attention ATTENTION, dense or shared experts DENSE and routed experts
 ROUTED times that; each of n layers adds its share / sqrt(n). Attention scores spread by SCORES, logits by LOGITS. A
-wrong rope, nibble order, projection or expert then moves logits by tenths, while int8 activations (1.3 % of ROUTED) move
-them by thousandths, at any width and depth. The router has its own file.
+wrong rope, nibble order, projection or expert then moves logits by tenths, while int8 activations (1.3 % of ROUTED)
+move them by thousandths, at any width and depth. The router has its own file.
 
 Names follow the published Kimi-K2.5, Kimi-K2, DeepSeek-V3 and DeepSeek-V2 checkpoints; `hybrid.config` knows the
 shapes. Called by `hybrid.random_checkpoint`.
@@ -19,20 +19,21 @@ import numpy.typing as npt
 
 from hybrid.config import ModelConfig, is_router
 from hybrid.config_json import Fields
-from hybrid.random_bits import BELL_MAX, BELL_STD, RandomBits, bell
+from hybrid.random_bits import BELL_STD, RandomBits, bell, coarse_bell
 from hybrid.random_router import CODE, CONTEXT_STD, Router, class_dimensions, make_router, mixing_rms
 from hybrid.random_vision import Shapes, projector, tower
 from offload.config import FP8_BLOCK, GROUP, PROJECTIONS, ExpertFormat
-from offload.formats import FP8_MAX, Array, float32_to_bf16, float32_to_fp8_e4m3
+from offload.formats import FP8_MAX, Array, Float, float32_to_bf16, float32_to_fp8_e4m3
 
 ATTENTION = 1.0  # at the first position; later ones average over values and get less
 DENSE = 0.5
-ROUTED = 0.2
+ROUTED = 0.1
 SCORES = 1.8
-LOGITS = 1.0
+LOGITS = 1.6
 GATED = 0.6  # rms of silu(a) * b for unit normal a and b
 DAMPED = 2.0**-7  # what layers write to the class dimensions, beside the others
 NIBBLE_RMS = 21.5**0.5  # of uniform -8..7
+FP8_RMS = 448 * 0.4348  # of `coarse_bell` times the largest fp8 value
 CHUNK = 1 << 22  # weights drawn at a time
 
 ITEM_BYTES = {"F32": 4, "I32": 4, "BF16": 2, "F8_E4M3": 1}
@@ -142,28 +143,32 @@ class RandomWeights:
 
     def _bells(self, name: str, shape: tuple[int, ...], std: float, damped: npt.NDArray[np.intp]) -> Iterator[Array]:
         """bf16 weights from a bell."""
-        values = bell() * np.float32(std / BELL_STD)
-        return self._looked_up(
-            name, shape, float32_to_bf16(values), float32_to_bf16(values * np.float32(DAMPED)), damped
-        )
+        return self._looked_up(name, shape, bell() * np.float32(std / BELL_STD), damped)
 
     def _codes(self, name: str, shape: tuple[int, int], damped: npt.NDArray[np.intp]) -> Iterator[Array]:
         """fp8 codes from a bell that uses the whole range."""
-        values = bell() * np.float32(FP8_MAX / BELL_MAX)
-        small = float32_to_fp8_e4m3(values * np.float32(DAMPED))
-        return self._looked_up(f"{name}.weight", shape, float32_to_fp8_e4m3(values), small, damped)
+        bits, values = RandomBits(self.seed, f"{name}.weight"), coarse_bell() * np.float32(FP8_MAX)
+        table, small = (float32_to_fp8_e4m3(values * np.float32(gain)).tobytes() for gain in (1, DAMPED))
+        for begin, end in _row_chunks(*shape):
+            drawn = bits.bytes((end - begin) * shape[1]).tobytes()
+            made = np.frombuffer(bytearray(drawn.translate(table)), np.uint8).reshape(-1, shape[1])
+            inside = damped[(damped >= begin) & (damped < end)] - begin
+            for row in inside.tolist():
+                made[row] = np.frombuffer(drawn[row * shape[1] : (row + 1) * shape[1]].translate(small), np.uint8)
+            yield made
 
     def _looked_up(
-        self, name: str, shape: tuple[int, ...], table: Array, damped_table: Array, damped: npt.NDArray[np.intp]
+        self, name: str, shape: tuple[int, ...], values: Float, damped: npt.NDArray[np.intp]
     ) -> Iterator[Array]:
-        """Random entries of a table of 65536; the `damped` rows take theirs from the other table."""
+        """bf16 picks from 65536 values; the `damped` rows get DAMPED times theirs."""
+        table, small = float32_to_bf16(values), float32_to_bf16(values * np.float32(DAMPED))
         bits = RandomBits(self.seed, name)
         width = math.prod(shape[1:])
         for begin, end in _row_chunks(shape[0], width):
             words = bits.words((end - begin) * width).reshape(end - begin, width)
             made = table[words]
             inside = damped[(damped >= begin) & (damped < end)] - begin
-            made[inside] = damped_table[words[inside]]
+            made[inside] = small[words[inside]]
             yield made
 
     def _nibbles(self, name: str, shape: tuple[int, int]) -> Iterator[Array]:
@@ -173,15 +178,14 @@ class RandomWeights:
             yield bits.bytes((end - begin) * shape[1] * 4)
 
     def _steps(self, name: str, shape: tuple[int, int], std: float, damped: npt.NDArray[np.intp]) -> Iterator[Array]:
-        """bf16 scales of int4 groups, no two alike."""
-        jitter = RandomBits(self.seed, f"{name}.weight_scale").uniform(math.prod(shape), 0.6, 1.4).reshape(shape)
-        jitter[damped] *= DAMPED
-        yield float32_to_bf16((jitter * (std / NIBBLE_RMS)).astype(np.float32))
+        """bf16 scales of int4 groups, uniform in 0.6 .. 1.4 times their mean."""
+        steps = (0.6 + 0.8 * np.arange(1 << 16) / (1 << 16)) * (std / NIBBLE_RMS)
+        return self._looked_up(f"{name}.weight_scale", shape, steps.astype(np.float32), damped)
 
     def _factors(self, name: str, shape: tuple[int, int], std: float) -> Iterator[Array]:
         """float32 factors of fp8 blocks, no two alike."""
         jitter = RandomBits(self.seed, f"{name}.weight_scale_inv").uniform(math.prod(shape), 0.7, 1.3)
-        yield (jitter * (std / (BELL_STD * FP8_MAX / BELL_MAX))).astype("<f4").reshape(shape)
+        yield (jitter * (std / FP8_RMS)).astype("<f4").reshape(shape)
 
     def _gains(self, name: str, n: int) -> Array:
         """Norm weights around 1; exactly 1 where the class dimensions pass on their way to a router."""

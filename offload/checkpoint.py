@@ -185,31 +185,31 @@ def _shard_paths(directory: Path, weight_map: dict[str, str] | None) -> list[Pat
 def _map_file(path: Path) -> mmap.mmap:
     try:
         with path.open("rb") as file:
-            start = file.read(64)
-            _check_start(path, start)
+            if (size := path.stat().st_size) < 8:
+                raise CheckpointError(f"{path}: {size} bytes are too few for a safetensors file; download it again")
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({_one_line(error)}); check the file") from error
 
 
-def _check_start(path: Path, start: bytes) -> None:
-    """Names the usual impostors: an LFS pointer, a web page, an empty file."""
+def _not_safetensors(path: Path, mapped: mmap.mmap) -> CheckpointError:
+    """What a file is whose first bytes are no header length: usually an LFS pointer or a web page."""
+    start = mapped[:64]
     if start.startswith(b"version https://git-lfs"):
-        raise CheckpointError(f"{path}: a git-lfs pointer, not the weights; run `git lfs pull` in its directory")
-    if start.lstrip()[:1] == b"<":
-        raise CheckpointError(f"{path}: a web page (HTML or XML), not the weights; download the file again")
-    if len(start) < 8:
-        raise CheckpointError(f"{path}: {len(start)} bytes are too few for a safetensors file; download it again")
+        return CheckpointError(f"{path}: a git-lfs pointer, not the weights; run `git lfs pull` in its directory")
+    if start.lstrip().startswith(b"<"):
+        return CheckpointError(f"{path}: a web page (HTML or XML), not the weights; download the file again")
+    return CheckpointError(
+        f"{path}: not a safetensors file, or truncated: it claims a header of {int.from_bytes(start[:8], 'little')} "
+        f"bytes, and {len(mapped) - 8} bytes follow; download it again"
+    )
 
 
 def _read_header(path: Path, mapped: mmap.mmap) -> dict[str, TensorInfo]:
     """Parses and checks one shard's header."""
     length = int.from_bytes(mapped[:8], "little")
     if length > min(len(mapped) - 8, MAX_HEADER) or length < 2:
-        raise CheckpointError(
-            f"{path}: not a safetensors file, or truncated: it claims a header of {length} bytes, and "
-            f"{len(mapped) - 8} bytes follow; download it again"
-        )
+        raise _not_safetensors(path, mapped)
     try:
         header = json.loads(mapped[8 : 8 + length])
     except (ValueError, RecursionError) as error:

@@ -219,7 +219,6 @@ class Experts:
             job[name] = getattr(layout, name)
         job["encode"] = self._kernels.encode
         job["products"] = self._kernels.products
-        job["block_rows"] = self._kernels.block_rows
         return job
 
     def _fill(self, index: int, x: torch.Tensor, groups: Groups, result: torch.Tensor) -> None:

@@ -114,13 +114,17 @@ def quantise_fp8(weights: Float) -> tuple[npt.NDArray[np.uint8], Float]:
     padded[:n_out, :n_in] = np.abs(weights)
     scales = padded.reshape(rows, FP8_BLOCK, columns, FP8_BLOCK).max(axis=(1, 3)) / np.float32(FP8_MAX)
     scales = np.where(scales > 0, scales, np.float32(1)).astype(np.float32)
-    return float32_to_fp8_e4m3(weights / _spread_blocks(scales, n_out, n_in)), scales
+    steps = weights.astype(np.float32)
+    _with_blocks(np.divide, steps, scales)
+    return float32_to_fp8_e4m3(steps), scales
 
 
-def _spread_blocks(scales: Float, n_out: int, n_in: int) -> Float:
-    """Repeats one factor for a block over its 128x128 weights, cut to (n_out, n_in)."""
-    wide = np.repeat(scales, FP8_BLOCK, axis=1)[:, :n_in]
-    return np.asarray(np.repeat(wide, FP8_BLOCK, axis=0)[:n_out])
+def _with_blocks(operation: np.ufunc, values: Float, factors: Float) -> None:
+    """Applies `operation` in place to (out, in) values and one factor for each 128x128 block."""
+    wide = np.repeat(factors, FP8_BLOCK, axis=1)[:, : values.shape[1]]
+    for block, row in enumerate(wide):
+        rows = values[block * FP8_BLOCK : (block + 1) * FP8_BLOCK]
+        operation(rows, row, out=rows)
 
 
 def dequantise(fmt: ExpertFormat, data: Array, scales: Array | None) -> Float:
@@ -130,7 +134,9 @@ def dequantise(fmt: ExpertFormat, data: Array, scales: Array | None) -> Float:
     assert scales is not None, f"{fmt} weights need scales"
     if fmt == "fp8":
         codes = data.view(np.uint8)
-        return fp8_e4m3_to_float32(codes) * _spread_blocks(scales.view(np.float32), *codes.shape)
+        weights = fp8_e4m3_to_float32(codes)
+        _with_blocks(np.multiply, weights, scales.view(np.float32))
+        return weights
     values = unpack_int4(data) if fmt == "int4" else data.view(np.int8)
     groups = values.reshape(len(values), -1, GROUP).astype(np.float32)
     groups *= bf16_to_float32(scales.view(np.uint16))[:, :, None]

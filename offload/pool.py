@@ -60,6 +60,7 @@ class WorkerPool:
         # Without a core of its own a worker may share one with another worker for whole scheduler ticks (8 ms
         # measured against 1 us). With more workers than cores the scheduler has to move them about: no pinning then.
         pins = cores if 1 < self.n_workers <= len(cores) else ()
+        sync.warm()
         self._memory = np.zeros(sync.POOL_WORDS + sync.LINE // 8, np.int64)
         self._address = -(-self._memory.ctypes.data // sync.LINE) * sync.LINE
         self._control(sync.N_WORKERS, self.n_workers)

@@ -60,6 +60,8 @@ async def _run(settings: ServerSettings, build: str) -> int:
         await web.SockSite(runner, listener).start()
         host, port = listener.getsockname()[:2]
         logger.info("listening on http://%s:%d (model %s)", f"[{host}]" if ":" in host else host, port, settings.name)
+        if not settings.api_key and not host.startswith(("127.", "::1")):
+            logger.warning("anyone who reaches %s can use this server: set --api-key", host)
         return await _serve(app, stop, settings)
     finally:
         await runner.cleanup()

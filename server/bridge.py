@@ -76,9 +76,9 @@ class EngineBridge:
         self._child = _Child(self._settings, self._build, deliver)
 
     async def loaded(self) -> Failed | None:
-        """Wait for the first load to end; None when the model answers."""
+        """Wait for the first load to end; what it failed of, if it did."""
         await self._first.wait()
-        return None if self.phase == "ready" else self.failure
+        return self.failure if self.phase == "failed" else None
 
     @property
     def pid(self) -> int | None:
@@ -108,7 +108,8 @@ class EngineBridge:
         self._first.set()
         if self._child is not None:
             self._child.outbox.put(Shutdown())
-            await asyncio.to_thread(self._child.end)
+            # An engine that loads would not hear it, and has nothing to finish.
+            await asyncio.to_thread(self._child.end, 0.0 if self.ready is None else EXIT_SECONDS)
 
     def _deliver(self, child: "_Child", message: FromEngine | None) -> None:
         """A message of `child`; None says that its pipe ended."""
@@ -142,13 +143,14 @@ class EngineBridge:
     def _gone(self, child: "_Child") -> None:
         """The child died. An engine that had been ready is started again; one that never was, is given up."""
         self.failure = child.last_words or Failed(f"the engine process {_ending(child.process.returncode)}")
-        logger.error("engine: %s", self.failure.message)
         was_ready, self.ready = self.ready is not None, None
+        if was_ready or self.restarts:  # of a first load that fails, `app.py` tells
+            logger.error("the engine stopped: %s", self.failure.message)
         self._before = replace(self.stats, **dict.fromkeys(GAUGES, 0))
         self.stats = self._before
         if was_ready:
             self.restarts += 1
-            logger.warning("the engine is started again; %d requests end with an error", len(self._sinks))
+            logger.warning("starting the engine again; %d requests end with an error", len(self._sinks))
             self.start()
         else:
             self.phase = "failed"
@@ -178,10 +180,10 @@ class _Child:
         self._reader.start()
         self._writer.start()
 
-    def end(self) -> None:
-        """Wait for the process, by force after a while. Blocks; returns when both threads are done."""
+    def end(self, seconds: float) -> None:
+        """Wait for the process, by force after `seconds`. Blocks; returns when both threads are done."""
         try:
-            self.process.wait(EXIT_SECONDS)
+            self.process.wait(seconds)
         except subprocess.TimeoutExpired:
             self.process.kill()
         self._reader.join()
@@ -224,7 +226,8 @@ class _Child:
 
 def _ending(code: int | None) -> str:
     if code is not None and code < 0:
-        return f"was killed by {signal.Signals(-code).name}"
+        hint = " (out of memory?)" if -code == signal.SIGKILL else ""
+        return f"was killed by {signal.Signals(-code).name}{hint}"
     return f"exited with status {code}"
 
 

@@ -21,7 +21,7 @@ class ToolCall:
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn. `content` is text, or parts in OpenAI's shape ({"type": "text", "text": …}, {"type": "image_url", …})."""
+    """One turn. `content` is text or parts in OpenAI's shape: {"type": "text", "text": …}, {"type": "image_url", …}."""
 
     role: str
     content: str | tuple[Json, ...] | None = None

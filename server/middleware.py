@@ -12,8 +12,8 @@ import secrets
 from collections.abc import Awaitable, Callable
 from urllib.parse import urlsplit
 
-from aiohttp import ClientPayloadError, web
-from aiohttp.http_exceptions import HttpProcessingError
+from aiohttp import web
+from aiohttp.web_protocol import RequestPayloadError
 
 from server.errors import NO_RETRY, ApiError
 from server.keys import REQUEST_ID, SERVING, Serving
@@ -54,10 +54,10 @@ async def errors(request: web.Request, handler: Handler) -> web.StreamResponse:
         if "Allow" in error.headers:
             answer.headers["Allow"] = error.headers["Allow"]
         return answer
-    except (ClientPayloadError, HttpProcessingError) as error:
-        return _response(ApiError(400, f"the body cannot be read: {str(error)[:200]}"))
-    except ConnectionError:  # the client left; there is nobody to tell
-        raise
+    except RequestPayloadError as error:  # a broken encoding, or a body shorter than announced
+        return _response(ApiError(400, f"the body cannot be read: {' '.join(str(error).split())[:200]}"))
+    except ConnectionError:
+        return web.Response(status=400)  # the client left: nobody reads it
     except Exception:
         logger.exception("%s %s failed", request.method, request.path[:200])
         return _response(ApiError(500, "internal error", code="internal_error", headers=NO_RETRY))

@@ -32,7 +32,7 @@ from server.service import Options
 from server.sse import PING_SECONDS, EventStream
 from server.tokenizer import Tokenizer
 from server.validation import Fields
-from server.wire import read_body, usage_json
+from server.wire import finite, read_body, usage_json
 
 KIMI_SAMPLING = {True: Sampling(temperature=1.0, top_p=0.95), False: Sampling(temperature=0.6, top_p=0.95)}
 
@@ -148,10 +148,14 @@ class _Encoder:
 
     def _entry(self, token: TokenText) -> Json:
         top = [
-            {"token": self._alternative(i, token), "logprob": logprob, "bytes": list(self._tokenizer.token_bytes(i))}
+            {
+                "token": self._alternative(i, token),
+                "logprob": finite(logprob),
+                "bytes": list(self._tokenizer.token_bytes(i)),
+            }
             for i, logprob in token.top
         ]
-        return {"token": token.text, "logprob": token.logprob, "bytes": list(token.raw), "top_logprobs": top}
+        return {"token": token.text, "logprob": finite(token.logprob), "bytes": list(token.raw), "top_logprobs": top}
 
     def _alternative(self, token: int, chosen: TokenText) -> str:
         return chosen.text if token == chosen.token else self._tokenizer.decode([token])

@@ -30,7 +30,7 @@ from server.service import Options
 from server.sse import PING_SECONDS, EventStream
 from server.tokenizer import Tokenizer
 from server.validation import Fields
-from server.wire import read_body, usage_json
+from server.wire import finite, read_body, usage_json
 
 MAX_PROMPTS = 128
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
@@ -205,7 +205,7 @@ class _Logprobs:
     def add(self, text: str, token: int, logprob: float | None, top: Sequence[tuple[int, float]]) -> None:
         """One token; the prompt's first one has no logprob."""
         self._tokens.append(text)
-        self._logprobs.append(logprob)
+        self._logprobs.append(None if logprob is None else finite(logprob))
         self._top.append(None if logprob is None else self._named(text, token, logprob, top))
         self._offsets.append(self._offset)
         self._offset += len(text)
@@ -228,8 +228,8 @@ class _Logprobs:
         """
         named: dict[str, float] = {}
         for other, value in top:
-            named[text if other == token else self._name(other, {*named, text})] = value
-        named.setdefault(text, logprob)
+            named[text if other == token else self._name(other, {*named, text})] = finite(value)
+        named.setdefault(text, finite(logprob))
         return named
 
     def _name(self, token: int, taken: set[str]) -> str:

@@ -5,13 +5,17 @@ status. Knows nothing about what the frames say.
 """
 
 import asyncio
+import contextlib
 import json
+import logging
 from collections.abc import Awaitable, Mapping
 
 from aiohttp import web
 
 from server.chat import Json
 from server.errors import ApiError
+
+logger = logging.getLogger(__name__)
 
 PING_SECONDS = 10.0  # quiet time after which a comment keeps proxies and clients from hanging up during a prefill
 _HEADERS = {
@@ -33,13 +37,18 @@ class EventStream:
         """Send what `frames` sends, then the terminal frame. An ApiError becomes a frame once headers are out."""
         try:
             await frames
+            await self._write(b"data: [DONE]\n\n")
         except ApiError as error:
             if not self.response.prepared:
                 raise
             await self._fail(error)
-            return self.response
-        await self._write(b"data: [DONE]\n\n")
-        await self.response.write_eof()
+        except ConnectionError as error:
+            logger.debug("stream ended early: %s", error)
+        except Exception:
+            if not self.response.prepared:
+                raise
+            logger.exception("a stream failed")
+            await self._fail(ApiError(500, "internal error", code="internal_error"))
         return self.response
 
     async def send(self, data: Json) -> None:
@@ -52,7 +61,8 @@ class EventStream:
 
     async def _fail(self, error: ApiError) -> None:
         """Tell the error and abort: a stream that closes cleanly without its end looks complete to clients."""
-        await self.send(error.body())
+        with contextlib.suppress(ConnectionError):
+            await self.send(error.body())
         if self._request.transport is not None:
             self._request.transport.close()  # after what is buffered, and in the middle of the chunked body
 

@@ -12,6 +12,7 @@ from server.validation import loads
 
 MAX_BODY = 64 << 20  # bytes of one body, after decompression
 MAX_BODIES = 256 << 20  # bytes of all bodies being read or decoded
+LEAST_LOGPROB = -9999.0
 LARGE_BODY = 1 << 16  # from here on decoding is left to a thread
 
 
@@ -36,6 +37,11 @@ async def read_body(request: web.Request) -> Json:
         return loads(raw) if size < LARGE_BODY else await asyncio.to_thread(loads, raw)
     finally:
         bodies.n_bytes -= size
+
+
+def finite(logprob: float) -> float:
+    """JSON has no infinity; the least value is vLLM's."""
+    return max(logprob, LEAST_LOGPROB)
 
 
 def usage_json(usage: Usage) -> Json:

@@ -17,10 +17,12 @@ token becomes NaN and no other token notices.
 Knows nothing about weights' bytes or experts. Used by product.py, portable.py (the format) and layer.py (`encode`).
 """
 
+# mypy: disallow-untyped-defs=False
+
 from dataclasses import dataclass
 
 import numpy as np
-from numba import cfunc, njit, types
+from numba import njit, types
 
 from offload.config import GROUP, ExpertFormat, Isa, Precision
 from offload.kernels.intrinsics import NOPYTHON, load_f32, store_f32, store_i8, store_i16, store_i32
@@ -28,7 +30,7 @@ from offload.kernels.intrinsics import NOPYTHON, load_f32, store_f32, store_i8, 
 VECTOR_BYTES: dict[Isa, int] = {"avx512vnni": 64, "avx2": 32}
 LIMITS: dict[Precision, int] = {"a8": 127, "a16": 32767}
 TINY = np.float32(1e-30)
-ENCODE = types.void(*[types.int64] * 9)
+ENCODE = types.void(*[types.int64] * 9)  # the C signature of `encode`
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +107,7 @@ def encode_group(values, first, record, parts, element, vector, offset, limit):
     per_lane = 4 // element
     first_lane = start // (parts * per_lane)
     for lane in range(first_lane, first_lane + GROUP // (parts * per_lane)):
-        total = 0
+        total = np.int32(0)
         for i in range(lane * per_lane, (lane + 1) * per_lane):
             for part in range(parts):
                 x = load_f32(values + 4 * (i * parts + part - start))
@@ -115,11 +117,10 @@ def encode_group(values, first, record, parts, element, vector, offset, limit):
                     store_i8(base + part * vector + i, q)
                 else:
                     store_i16(base + part * vector + 2 * i, q)
-        store_i32(base + parts * vector + 4 * lane, -offset * total)
+        store_i32(base + parts * vector + 4 * lane, np.int32(-offset) * total)
         store_f32(base + (parts + 1) * vector + 4 * lane, scale)
 
 
-@cfunc(ENCODE, cache=True, **NOPYTHON)
 def encode(values, first, n, record, parts, element, vector, offset, limit):
     """Write the n float32 at `values`, inputs [first, first + n) of a row, into its record.
 

@@ -5,6 +5,8 @@ views, because a view costs the compiler half a second each and every start of a
 other kernel files.
 """
 
+# mypy: disallow-untyped-defs=False
+
 import platform
 
 from llvmlite import ir
@@ -138,8 +140,8 @@ def call_encode(typingctx, function, values, first, n, record, parts, element, v
 
 
 @intrinsic
-def call_product(typingctx, function, weights, row_bytes, scales, scale_bytes, rows, n_in, n, records, out, ahead):
-    """One block of rows times tokens: `kernels.product`."""
+def call_product(typingctx, function, weights, row_bytes, scales, scale_bytes, rows, n_in, n, records, out, after):
+    """table.PRODUCT"""
     return _call(10, returns=False)
 
 

@@ -10,10 +10,12 @@ in any batch, with any number of workers.
 The job is a record in shared memory, filled by experts.py. Products are called by address (table.py).
 """
 
+# mypy: disallow-untyped-defs=False
+
 import math
 
 import numpy as np
-from numba import cfunc, from_dtype, njit, types
+from numba import from_dtype, njit
 
 from offload.config import FP8_BLOCK, GROUP, ExpertFormat
 from offload.kernels.intrinsics import (
@@ -62,7 +64,6 @@ JOB = np.dtype(
         ("limit", np.int64),
         ("encode", np.int64),  # functions: activation.encode and the products, by tokens
         ("products", np.int64, (MAX_TOKENS,)),
-        ("block_rows", np.int64, (MAX_TOKENS,)),
     ]
 )
 job_at = record_at(from_dtype(JOB))
@@ -87,20 +88,15 @@ def describe(fmt: ExpertFormat, rows: int, n_in: int) -> tuple[int, int, int, in
 
 @njit(**NOPYTHON)
 def tile(job, matrix, place, first, rows, n, records, out, after):
-    """Products of `rows` rows from `first` of the matrix whose data and scales addresses lie at `place`, with n
-    tokens, into a tile; `after` is the address that will be read next."""
-    data, scales = load_i64(place), load_i64(place + 8)
-    step = job.block_rows[n - 1]
+    """Products of `rows` rows from `first` with n tokens, into a tile of sums.
+
+    The addresses of the matrix' data and scales lie at `place`; `after` is the address that will be read next.
+    """
+    weights = load_i64(place) + first * matrix.row_bytes
+    scales = load_i64(place + 8) + first // matrix.scale_rows * matrix.scale_bytes
     stride = matrix.scale_bytes if matrix.scale_rows == 1 else 0
-    for r in range(0, rows, step):
-        row = data + (first + r) * matrix.row_bytes
-        row_scales = scales + (first + r) // matrix.scale_rows * matrix.scale_bytes
-        ahead = row + step * matrix.row_bytes if r + step < rows else after
-        valid = min(step, rows - r)
-        call_product(
-            job.products[n - 1], row, matrix.row_bytes, row_scales, stride, valid, matrix.n_in, n, records,
-            out + 4 * r, ahead,
-        )  # fmt: skip
+    function = job.products[n - 1]
+    call_product(function, weights, matrix.row_bytes, scales, stride, rows, matrix.n_in, n, records, out, after)
 
 
 @njit(**NOPYTHON)
@@ -187,7 +183,6 @@ def down(pool, job, scratch):
         task = take(pool, DOWN_TASKS)
 
 
-@cfunc(types.int64(types.int64, types.int64, types.int64), cache=True, **NOPYTHON)
 def run_layer(pool, argument, worker):
     """A worker's share of the job at `argument`; the status is 0 unless another worker failed."""
     job = job_at(argument)

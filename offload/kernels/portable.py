@@ -4,6 +4,8 @@ Plain numba, read it first. The integer results are the same as the vector tiers
 their order only. Called by address from layer.py, compiled by table.py.
 """
 
+# mypy: disallow-untyped-defs=False
+
 import numpy as np
 from numba import njit
 

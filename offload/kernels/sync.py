@@ -10,6 +10,8 @@ only after every worker has added itself to the done count, and that is the last
 waits for the next generation.
 """
 
+# mypy: disallow-untyped-defs=False
+
 from numba import njit
 
 from offload.kernels.intrinsics import (
@@ -108,7 +110,7 @@ def abort(pool, status):
         wake(pool, pool + BARRIERS + index * LINE)
 
 
-@njit("void(int64, int64)", cache=True, **NOPYTHON)
+@njit(cache=True, **NOPYTHON)
 def serve(pool, worker):
     """A worker's life: run each published job once, until the job is 0."""
     seen = 0
@@ -123,7 +125,7 @@ def serve(pool, worker):
         arrive(pool, pool + DONE)
 
 
-@njit("void(int64, int64, int64)", cache=True, **NOPYTHON)
+@njit(cache=True, **NOPYTHON)
 def dispatch(pool, function, argument):
     """Publish a job to all workers; the one before it must have been joined."""
     for index in range(N_BARRIERS):
@@ -138,16 +140,24 @@ def dispatch(pool, function, argument):
     wake(pool, pool + GENERATION)
 
 
-@njit("int64(int64)", cache=True, **NOPYTHON)
+@njit(cache=True, **NOPYTHON)
 def join(pool):
     """Wait until every worker has finished the job; returns 0 or the status of one that failed."""
     await_all(pool, pool + DONE)
     return atomic_load(pool + STATUS)
 
 
-@njit("void(int64, int64)", cache=True, **NOPYTHON)
+@njit(cache=True, **NOPYTHON)
 def release(pool, status):
     """A worker thread is gone: let everybody go, the submitter too."""
     abort(pool, status)
     atomic_add(pool + DONE, ABORTED)
     wake(pool, pool + DONE)
+
+
+def warm() -> None:
+    """Compile, or load from the cache, what Python calls; nothing is compiled when this file is imported."""
+    serve.compile("void(int64, int64)")
+    dispatch.compile("void(int64, int64, int64)")
+    join.compile("int64(int64)")
+    release.compile("void(int64, int64)")

@@ -1,8 +1,10 @@
 """The compiled functions of one variant, by tier, format and precision.
 
 `kernels` is what start-up calls: it compiles, or loads from the cache, exactly what one store and one precision need,
-so that no request pays for it. Knows the C signature of a product and nothing about jobs or threads.
+so that no request pays for it. Knows C signatures and nothing about jobs or threads.
 """
+
+# mypy: disallow-untyped-defs=False
 
 from dataclasses import dataclass
 from typing import Any
@@ -10,17 +12,17 @@ from typing import Any
 from numba import cfunc, types
 
 from offload.config import ExpertFormat, Isa, Precision
-from offload.kernels.activation import Layout, encode, layout
+from offload.kernels.activation import ENCODE, Layout, encode, layout
 from offload.kernels.intrinsics import NOPYTHON, load_i64, store_f32
 from offload.kernels.layer import run_layer
 from offload.kernels.portable import row_product
-from offload.kernels.product import BLOCK_ROWS, MAX_TOKENS, TILE, emit_product
+from offload.kernels.product import MAX_TOKENS, TILE, emit_product
 
-# weights, row_bytes, scales, scale_bytes: address and stride of the first row;  rows: how many are valid
+# weights, row_bytes, scales, scale_bytes: address and stride of the first row;  rows: 1 to TILE
 # n_in: inputs of a row;  n: tokens, 1 to MAX_TOKENS;  records: address of their records' addresses
-# out: float32 (tokens, TILE), the first columns are written;  ahead: address of the rows that come next
+# out: float32 (tokens, TILE), at least the first `rows` columns are written;  after: what will be read after this
 PRODUCT = types.void(*[types.int64] * 10)
-VECTOR_TOKENS = range(1, MAX_TOKENS + 1)
+JOB_FUNCTION = types.int64(types.int64, types.int64, types.int64)  # pool, argument, worker -> status
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +32,6 @@ class Kernels:
     isa: Isa
     layout: Layout
     products: tuple[int, ...]  # by tokens, 1 to MAX_TOKENS
-    block_rows: tuple[int, ...]  # rows of one call, by tokens
     encode: int  # activation.encode
     layer: int  # the job function of kernels.layer
     code: tuple[Any, ...]  # keeps the compiled functions alive
@@ -39,9 +40,9 @@ class Kernels:
 def vector_product(isa: Isa, fmt: ExpertFormat, precision: Precision, tokens: int) -> Any:
     # The variant is closed over as plain strings and numbers: numba's cache key holds them.
     @cfunc(PRODUCT, cache=True, **NOPYTHON)
-    def product(weights, row_bytes, scales, scale_bytes, rows, n_in, n, records, out, ahead):
+    def product(weights, row_bytes, scales, scale_bytes, rows, n_in, n, records, out, after):
         emit_product(
-            isa, fmt, precision, tokens, weights, row_bytes, scales, scale_bytes, rows, n_in, n, records, out, ahead
+            isa, fmt, precision, tokens, weights, row_bytes, scales, scale_bytes, rows, n_in, n, records, out, after
         )
 
     return product
@@ -51,7 +52,7 @@ def portable_product(fmt: ExpertFormat, precision: Precision) -> Any:
     element = layout("portable", fmt, precision).element
 
     @cfunc(PRODUCT, cache=True, **NOPYTHON)
-    def product(weights, row_bytes, scales, scale_bytes, rows, n_in, n, records, out, ahead):
+    def product(weights, row_bytes, scales, scale_bytes, rows, n_in, n, records, out, after):
         for token in range(n):
             record = load_i64(records + 8 * token)
             for row in range(rows):
@@ -62,17 +63,18 @@ def portable_product(fmt: ExpertFormat, precision: Precision) -> Any:
 
 
 def kernels(isa: Isa, fmt: ExpertFormat, precision: Precision) -> Kernels:
-    """Compile or load one variant; half a minute at worst the first time, well under two seconds after."""
+    """Compile or load one variant: some 10 s of processor time the first time, under a second after."""
+    encoder = cfunc(ENCODE, cache=True, **NOPYTHON)(encode)
+    layer = cfunc(JOB_FUNCTION, cache=True, **NOPYTHON)(run_layer)
     if isa == "portable":
-        code = (portable_product(fmt, precision),) * MAX_TOKENS
+        products = [portable_product(fmt, precision)] * MAX_TOKENS
     else:
-        code = tuple(vector_product(isa, fmt, precision, tokens) for tokens in VECTOR_TOKENS)
+        products = [vector_product(isa, fmt, precision, tokens) for tokens in range(1, MAX_TOKENS + 1)]
     return Kernels(
         isa=isa,
         layout=layout(isa, fmt, precision),
-        products=tuple(function.address for function in code),
-        block_rows=BLOCK_ROWS[isa],
-        encode=encode.address,
-        layer=run_layer.address,
-        code=code,
+        products=tuple(product.address for product in products),
+        encode=encoder.address,
+        layer=layer.address,
+        code=(encoder, layer, *products),
     )

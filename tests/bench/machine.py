@@ -24,6 +24,7 @@ def describe() -> dict[str, Any]:
         "cpu": _cpu_name(),
         "cores": physical_cores(),
         "ram_bytes": psutil.virtual_memory().total,
+        "load_average": os.getloadavg()[0],  # before the run: above 0 other work shares the cores
         "python": platform.python_version(),
         "commit": _git("rev-parse", "--short", "HEAD") + ("+changes" if _git("status", "--porcelain") else ""),
         "command": " ".join(["python", "-m", _main_module(), *sys.argv[1:]]),

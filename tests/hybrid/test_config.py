@@ -1,5 +1,6 @@
 """hybrid.config: every family's config.json, both spellings, and complaints that name the key."""
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -196,7 +197,7 @@ def test_impossible_values_are_named(tmp_path: Path, change: dict[str, Any], mes
 
 
 def test_group_size_other_than_32_is_refused() -> None:
-    raw = families.kimi_k25()
+    raw = copy.deepcopy(families.kimi_k25())
     raw["text_config"]["quantization_config"]["config_groups"]["group_0"]["weights"]["group_size"] = 128
     with pytest.raises(
         ConfigError, match=r"text_config\.quantization_config\.config_groups\.group_0\.weights\.group_size"

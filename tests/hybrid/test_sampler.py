@@ -231,12 +231,11 @@ def test_filters_that_let_all_pass_cut_nothing(sampling: Sampling) -> None:
 
 def test_equals_at_the_cut_go_by_id() -> None:
     x = np.zeros((300, 8), np.float32)
-    rows = [row(Sampling(seed=i, top_k=3)) for i in range(150)] + [
-        row(Sampling(seed=i, top_p=0.25)) for i in range(150)
-    ]
-    drawn = tokens(x, rows)
-    assert set(drawn[:150]) == {0, 1, 2}
-    assert set(drawn[150:]) == {0, 1}
+    filters = [Sampling(top_k=3)] * 100 + [Sampling(top_p=0.25)] * 100 + [Sampling(min_p=1.0)] * 100
+    drawn = tokens(x, [row(replace(s, seed=i)) for i, s in enumerate(filters)])
+    assert set(drawn[:100]) == {0, 1, 2}
+    assert set(drawn[100:200]) == {0, 1}
+    assert set(drawn[200:]) == set(range(8)), "as probable as the best is probable enough"
 
 
 def test_a_bias_of_a_hundred_decides() -> None:

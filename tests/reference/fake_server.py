@@ -98,7 +98,13 @@ class FakeServer:
 
     def wait_ready(self) -> None:
         """Wait until the engine answers."""
-        self.wait(lambda: self.service.bridge.phase == "ready")
+
+        def is_ready() -> bool:
+            bridge = self.service.bridge
+            assert bridge.phase != "failed", bridge.failure
+            return bridge.phase == "ready"
+
+        self.wait(is_ready)
 
     def wait_empty(self) -> None:
         """Wait until no request is left anywhere."""

@@ -40,7 +40,7 @@ def rotate(x: Array, position: int, angles: list[float]) -> Array:
 
 def norm(x: Array, weight: Array, eps: float) -> Array:
     """RMS norm of each row."""
-    return x / np.sqrt((x * x).mean(-1, keepdims=True) + eps) * weight
+    return np.asarray(x / np.sqrt((x * x).mean(-1, keepdims=True) + eps) * weight)
 
 
 def attention(

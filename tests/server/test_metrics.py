@@ -1,14 +1,34 @@
 """Metrics: vLLM's names, exact counts, gauges back to zero."""
 
+import http.client
+import json
+
 from tests.reference.fake_server import FakeServer
 
-VLLM_NAMES = """
-num_requests_running num_requests_waiting kv_cache_usage_perc num_preemptions_total prompt_tokens_total
-generation_tokens_total prefix_cache_queries_total prefix_cache_hits_total request_success_total{stop}
-request_success_total{length} request_success_total{abort} time_to_first_token_seconds_count
-inter_token_latency_seconds_count e2e_request_latency_seconds_count request_prompt_tokens_sum
-""".split()
-OURS = "expert_bytes_total distinct_experts_total engine_step_seconds_total engine_steps_total engine_ready".split()
+VLLM_NAMES = [
+    "num_requests_running",
+    "num_requests_waiting",
+    "kv_cache_usage_perc",
+    "num_preemptions_total",
+    "prompt_tokens_total",
+    "generation_tokens_total",
+    "prefix_cache_queries_total",
+    "prefix_cache_hits_total",
+    "request_success_total{stop}",
+    "request_success_total{length}",
+    "request_success_total{abort}",
+    "time_to_first_token_seconds_count",
+    "inter_token_latency_seconds_count",
+    "e2e_request_latency_seconds_count",
+    "request_prompt_tokens_sum",
+]
+OURS = [
+    "expert_bytes_total",
+    "distinct_experts_total",
+    "engine_step_seconds_total",
+    "engine_steps_total",
+    "engine_ready",
+]
 
 
 def test_the_names_and_the_format(server: FakeServer) -> None:
@@ -37,9 +57,6 @@ def test_counts_are_exact(server: FakeServer) -> None:
 
 
 def test_gauges_follow_a_running_request(slow_server: FakeServer) -> None:
-    import http.client
-    import json
-
     server = slow_server
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
     body = {"prompt": "a" * 100, "max_tokens": 1000, "stream": True}

@@ -9,11 +9,12 @@ import pytest
 
 from tests.reference.fake_server import FakeServer
 
-TOOL = {
+TOOL: Any = {
     "type": "function",
     "function": {"name": "get_weather", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}},
 }
 CALL = '%0267%0269functions.get_weather:0%0270{"city": "Rome"}%0271%0268'
+CHAT = "/v1/chat/completions"
 DONE = "data: [DONE]"
 
 
@@ -62,8 +63,8 @@ def test_stream_and_plain_reply_are_the_same(server: FakeServer, text: str) -> N
         "top_logprobs": 1,
         "tools": [TOOL],
     }
-    plain = server.ask("POST", "/v1/chat/completions", body).body
-    chunks = frames(server, "/v1/chat/completions", {**body, "stream_options": {"include_usage": True}})
+    plain = server.ask("POST", CHAT, body).body
+    chunks = frames(server, CHAT, {**body, "stream_options": {"include_usage": True}})
     choice = plain["choices"][0]
     deltas = [chunk["choices"][0]["delta"] for chunk in chunks if chunk["choices"]]
     for field in ("content", "reasoning_content"):
@@ -81,7 +82,7 @@ def test_stream_and_plain_reply_are_the_same(server: FakeServer, text: str) -> N
 
 def test_shape_of_the_stream(server: FakeServer) -> None:
     body = {"model": "tiny-instant", "messages": user("script:ab;")}
-    chunks = frames(server, "/v1/chat/completions", body)
+    chunks = frames(server, CHAT, body)
     assert [chunk["choices"][0]["delta"] for chunk in chunks] == [
         {"role": "assistant", "content": ""},
         {"content": "a"},
@@ -91,7 +92,7 @@ def test_shape_of_the_stream(server: FakeServer) -> None:
     assert [chunk["choices"][0]["finish_reason"] for chunk in chunks] == [None, None, None, "stop"]
     assert len({(chunk["id"], chunk["created"], chunk["model"], chunk["object"]) for chunk in chunks}) == 1
     assert all(chunk["usage"] is None and chunk["object"] == "chat.completion.chunk" for chunk in chunks)
-    with_usage = frames(server, "/v1/chat/completions", {**body, "stream_options": {"include_usage": True}})
+    with_usage = frames(server, CHAT, {**body, "stream_options": {"include_usage": True}})
     assert with_usage[-1]["choices"] == [] and with_usage[-1]["usage"]["completion_tokens"] == 3
     assert [chunk["usage"] for chunk in with_usage[:-1]] == [None] * 4
 
@@ -126,7 +127,7 @@ def test_streamed_tool_call_through_the_clients_accumulator(server: FakeServer) 
 
 def test_tool_deltas_name_their_call_once(server: FakeServer) -> None:
     body = {"model": "tiny-instant", "messages": user(f"script:{CALL};"), "tools": [TOOL]}
-    deltas = [chunk["choices"][0]["delta"] for chunk in frames(server, "/v1/chat/completions", body)]
+    deltas = [chunk["choices"][0]["delta"] for chunk in frames(server, CHAT, body)]
     calls = [delta["tool_calls"][0] for delta in deltas if "tool_calls" in delta]
     function = {"name": "get_weather", "arguments": ""}
     assert calls[0] == {"index": 0, "id": "functions.get_weather:0", "type": "function", "function": function}
@@ -143,11 +144,11 @@ def test_a_truncated_call_is_no_tool_calls(server: FakeServer) -> None:
 
 def test_tool_choice_none_does_not_declare_the_tools(server: FakeServer) -> None:
     body = {"model": "tiny-instant", "messages": user("script:x;")}
-    plain = server.ask("POST", "/v1/chat/completions", body).body["usage"]["prompt_tokens"]
+    plain = server.ask("POST", CHAT, body).body["usage"]["prompt_tokens"]
     none = {**body, "tools": [TOOL], "tool_choice": "none"}
-    assert server.ask("POST", "/v1/chat/completions", none).body["usage"]["prompt_tokens"] == plain
+    assert server.ask("POST", CHAT, none).body["usage"]["prompt_tokens"] == plain
     declared = {**body, "tools": [TOOL]}
-    assert server.ask("POST", "/v1/chat/completions", declared).body["usage"]["prompt_tokens"] > plain
+    assert server.ask("POST", CHAT, declared).body["usage"]["prompt_tokens"] > plain
 
 
 def test_stop_n_and_max_completion_tokens(server: FakeServer) -> None:
@@ -167,8 +168,8 @@ def test_stop_n_and_max_completion_tokens(server: FakeServer) -> None:
 
 def test_streamed_choices_fold_to_the_plain_ones(server: FakeServer) -> None:
     body = {"model": "tiny-instant", "messages": user("anything"), "n": 3, "max_tokens": 6, "seed": 1}
-    plain = server.ask("POST", "/v1/chat/completions", body).body
-    chunks = frames(server, "/v1/chat/completions", body)
+    plain = server.ask("POST", CHAT, body).body
+    chunks = frames(server, CHAT, body)
     for choice in plain["choices"]:
         mine = [c["choices"][0] for c in chunks if c["choices"][0]["index"] == choice["index"]]
         assert mine[0]["delta"]["role"] == "assistant" and all("role" not in c["delta"] for c in mine[1:])
@@ -203,7 +204,7 @@ def test_a_partial_answer_is_continued(server: FakeServer) -> None:
 )
 def test_modes(server: FakeServer, extra: dict[str, Any], thinking: bool) -> None:
     body = {"messages": user("script:abc;"), **extra}
-    message = server.ask("POST", "/v1/chat/completions", body).body["choices"][0]["message"]
+    message = server.ask("POST", CHAT, body).body["choices"][0]["message"]
     assert message.get("reasoning_content") == ("abc" if thinking else None)
     assert message["content"] == ("" if thinking else "abc")
 
@@ -211,11 +212,9 @@ def test_modes(server: FakeServer, extra: dict[str, Any], thinking: bool) -> Non
 def test_preserved_thinking_reaches_the_template(server: FakeServer) -> None:
     old = {"role": "assistant", "content": "B", "reasoning_content": "because"}
     messages = [*user("A"), old, *user("C")]
-    for extra in (
-        {"chat_template_kwargs": {"preserve_thinking": True}},
-        {"thinking": {"type": "enabled", "keep": "all"}},
-    ):
-        kept = server.ask("POST", "/tokenize", {"messages": messages, **extra}).body["tokens"]
+    switches = {"chat_template_kwargs": {"preserve_thinking": True}, "thinking": {"type": "enabled", "keep": "all"}}
+    for name, value in switches.items():
+        kept = server.ask("POST", "/tokenize", {"messages": messages, name: value}).body["tokens"]
         assert b"because" in bytes(i for i in kept if i < 256)
     dropped = server.ask("POST", "/tokenize", {"messages": messages}).body["tokens"]
     assert b"because" not in bytes(i for i in dropped if i < 256)
@@ -281,7 +280,7 @@ def test_special_tokens_in_completions(server: FakeServer) -> None:
 
 def test_sampling_defaults(server: FakeServer) -> None:
     # The fake's greedy tokens depend on nothing but the prompt; a sampled answer depends on the seed.
-    for body, path in (({"messages": user("x")}, "/v1/chat/completions"), ({"prompt": "x"}, "/v1/completions")):
+    for body, path in (({"messages": user("x")}, CHAT), ({"prompt": "x"}, "/v1/completions")):
         seeds = [server.ask("POST", path, {**body, "max_tokens": 8, "seed": s}).body["choices"] for s in (1, 2)]
         greedy = [
             server.ask("POST", path, {**body, "max_tokens": 8, "seed": s, "temperature": 0}).body["choices"]
@@ -332,7 +331,7 @@ def test_tokenize_counts_what_a_chat_costs(server: FakeServer) -> None:
     ]
     body = {"messages": messages, "tools": [TOOL]}
     got = server.ask("POST", "/tokenize", body).body
-    usage = server.ask("POST", "/v1/chat/completions", {**body, "max_tokens": 1}).body["usage"]
+    usage = server.ask("POST", CHAT, {**body, "max_tokens": 1}).body["usage"]
     assert got["count"] == usage["prompt_tokens"]
     assert b"functions.get_weather:0" in bytes(i for i in got["tokens"] if i < 256)  # not call_1
 
@@ -358,6 +357,18 @@ def test_client_errors_have_their_class_and_fields(server: FakeServer) -> None:
         with pytest.raises(openai.BadRequestError) as long:
             client.chat.completions.create(model="tiny", messages=user("x" * 3000))
         assert long.value.code == "context_length_exceeded" and "2048" in long.value.message
+
+
+def test_a_quiet_stream_is_kept_alive(slow_server: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("openai_chat", "openai_completions"):
+        monkeypatch.setattr(f"server.{module}.PING_SECONDS", 0.01)
+    for path, body in (("/v1/completions", {"prompt": "script:ab;"}), (CHAT, {"messages": user("script:ab;")})):
+        raw = slow_server.ask("POST", path, {**body, "stream": True}).body
+        assert raw.startswith(b": ping\n\n") and raw.count(b": ping\n\n") > 3 and raw.endswith(b"[DONE]\n\n")
+    with slow_server.client() as client:
+        chunks = list(client.chat.completions.create(model="tiny", messages=user("script:ab;"), stream=True))
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == ""  # it was reasoning
+    assert chunks[-1].choices[0].finish_reason == "stop"
 
 
 async def test_sixty_four_streams_at_once(server: FakeServer) -> None:

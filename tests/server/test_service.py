@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,7 +21,7 @@ GREEDY = Sampling(temperature=0.0)
 
 
 @asynccontextmanager
-async def serving(model: Path, build: str = "build", **settings: int) -> AsyncIterator[Service]:
+async def serving(model: Path, build: str = "build", **settings: Any) -> AsyncIterator[Service]:
     app = create_app(ServerSettings(model=model, **settings), f"tests.reference.fake_engine:{build}")
     service = app[SERVING].service
     service.bridge.start()

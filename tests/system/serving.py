@@ -79,7 +79,7 @@ def command(model: Path, port: int, *flags: str) -> list[str]:
 
 def environment() -> dict[str, str]:
     """This environment without the operator's own settings."""
-    return {k: v for k, v in os.environ.items() if not k.startswith("HYBRID_")} | {"OMP_NUM_THREADS": "2"}
+    return {k: v for k, v in os.environ.items() if not k.startswith("HYBRID_")}
 
 
 def wait_ready(server: Server) -> None:
