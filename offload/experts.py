@@ -4,8 +4,8 @@ The facade that hybrid talks to: torch tensors in, torch tensors out, on any dev
 experts by id, no model and no request. The work is done by kernels.layer on a WorkerPool; this file groups tokens by
 expert, owns the buffers, and counts.
 
-A token whose input holds NaN or an infinity gets NaN in every output (with int4 and int8 its scale becomes NaN, with
-bf16 and fp8 the arithmetic does it); the other tokens of the batch are not touched.
+A token whose input holds NaN or an infinity gets NaN in every output with int4 and int8 (its scale becomes NaN); with
+bf16 and fp8 it spreads as float arithmetic has it. The other tokens of the batch are not touched.
 """
 
 import time
@@ -56,7 +56,7 @@ class Buffer:
     def address(self, n_bytes: int) -> int:
         """Address of at least `n_bytes`, at a cache line. Growing loses what was written."""
         if self._memory.nbytes < n_bytes + LINE:
-            self._memory = np.zeros((1 << (n_bytes - 1).bit_length()) + LINE, np.uint8)
+            self._memory = np.zeros((1 << n_bytes.bit_length()) + LINE, np.uint8)
         return -(-self._memory.ctypes.data // LINE) * LINE
 
 
@@ -78,7 +78,7 @@ class Groups:
         active = np.empty((len(experts), ACTIVE_COLUMNS), np.int64)
         active[:, 0], active[:, 2] = experts, counts[experts]
         active[:, 1] = np.cumsum(active[:, 2]) - active[:, 2]
-        return cls(active, order // ids.shape[1], np.ascontiguousarray(weights.reshape(-1)[order]))
+        return cls(active, order // max(ids.shape[1], 1), np.ascontiguousarray(weights.reshape(-1)[order]))
 
 
 class Pending:
@@ -92,8 +92,7 @@ class Pending:
 
     def wait(self) -> torch.Tensor:
         """Block until the sum is there: (T, D), in x's dtype, on x's device. Raises PoolError when a worker failed."""
-        if self._like.shape[0] > 0:
-            self._experts._finish(self, self._started)
+        self._experts._finish(self, self._started)
         return self._result.to(self._like.device, non_blocking=True).to(self._like.dtype)
 
 
@@ -138,20 +137,17 @@ class Experts:
         """
         if self._pending is not None:
             raise RuntimeError("a layer is running: wait for it before the next submit")
-        self._check(layer, x, ids, weights)
+        index = self._find(layer)
+        self._check(x, ids, weights)
         values, chosen, shares = self._fetch(x, ids, weights)
-        if chosen.size and not 0 <= int(chosen.min()) <= int(chosen.max()) < self._store.geometry.n_experts:
-            raise ValueError(
-                f"ids: experts are 0 to {self._store.geometry.n_experts - 1}, got {chosen.min()} to {chosen.max()}"
-            )
+        self._check_ids(chosen)
         result = self._staged("result", x, x.shape, torch.float32)
         pending = Pending(self, result, x)
-        if x.shape[0] > 0:
-            groups = Groups.of(chosen, shares, self._store.geometry.n_experts)
-            self._count(layer, ids.shape, groups)
-            self._fill(self._index[layer], values, groups, result)
-            self._pending = pending
-            self._pool.submit(self._kernels.layer, self._job.ctypes.data)
+        groups = Groups.of(chosen, shares, self._store.geometry.n_experts)
+        self._fill(index, values, groups, result)
+        self._pool.submit(self._kernels.layer, self._job.ctypes.data)
+        self._pending = pending
+        self._count(layer, ids.shape, groups)
         return pending
 
     def hint(self, layer: int, ids: torch.Tensor) -> None:
@@ -159,10 +155,11 @@ class Experts:
 
         Starts reading them where the store is mapped and they are not in memory. Its hits show in `stats`.
         """
-        experts = frozenset(ids.reshape(-1).tolist())
-        self._hints[layer] = experts
+        index, named = self._find(layer), ids.reshape(-1).cpu().numpy()
+        self._check_ids(named)
+        experts = self._hints[layer] = frozenset(named.tolist())
         if self._store.mapped:
-            started = read_ahead(self._ranges(self._index[layer], experts))
+            started = read_ahead(self._ranges(index, experts))
             self._stats = replace(self._stats, bytes_prefetched=self._stats.bytes_prefetched + started)
 
     def stats(self) -> ExpertStats:
@@ -172,9 +169,17 @@ class Experts:
         """Finish a running layer and end the workers. The store stays open: it is the caller's."""
         self._pool.close()
 
-    def _check(self, layer: int, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> None:
+    def _find(self, layer: int) -> int:
         if layer not in self._index:
             raise ValueError(f"layer: {layer} has no routed experts here, layers are {sorted(self._index)}")
+        return self._index[layer]
+
+    def _check_ids(self, ids: npt.NDArray[np.integer]) -> None:
+        n_experts = self._store.geometry.n_experts
+        if ids.size and not 0 <= ids.min() <= ids.max() < n_experts:
+            raise ValueError(f"ids: experts are 0 to {n_experts - 1}, got {ids.min()} to {ids.max()}")
+
+    def _check(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> None:
         if x.ndim != 2 or x.shape[1] != self._store.geometry.hidden:
             raise ValueError(f"x: expected (tokens, {self._store.geometry.hidden}), got {tuple(x.shape)}")
         if ids.ndim != 2 or ids.shape[0] != x.shape[0] or ids.shape != weights.shape:

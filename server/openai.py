@@ -44,7 +44,7 @@ def _model(serving: Serving, name: str) -> Json:
 
 
 async def tokenize(request: web.Request) -> web.Response:
-    """`POST /tokenize`: of a prompt, or of messages exactly as a chat would send them to the engine."""
+    """`POST /tokenize`: of a prompt, or of messages rendered as they are written (tool-call ids too)."""
     serving = request.app[SERVING]
     service = serving.service
     fields = Fields(await read_body(request))

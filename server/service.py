@@ -76,6 +76,8 @@ class Service:
         self.max_model_len()  # first of all: is there an engine?
         ticket = self._admission.enter(options.n)
         try:
+            if self.template.names_calls_by_id:
+                chat = replace(chat, messages=canonical_ids(chat.messages))
             prompt, in_reasoning = await self._prepare(chat)
 
             def parser() -> Parser:
@@ -104,7 +106,7 @@ class Service:
             raise
 
     async def render(self, chat: Chat) -> tuple[int, ...]:
-        """Token ids of a chat, exactly as `chat` would send them to the engine."""
+        """Token ids of a chat as it is written: `chat` makes foreign tool-call ids canonical first."""
         return (await self._prepare(chat))[0]
 
     async def tokenise(self, text: str, *, parse_special: bool = False, add_special: bool = True) -> tuple[int, ...]:
@@ -142,12 +144,9 @@ class Service:
 
     async def _prepare(self, chat: Chat) -> tuple[tuple[int, ...], bool]:
         """Token ids, and whether the answer begins inside reasoning. In a worker thread: templates take their time."""
-        template = self.template
-        if template.names_calls_by_id:
-            chat = replace(chat, messages=canonical_ids(chat.messages))
 
         def work() -> tuple[tuple[int, ...], bool]:
-            return tuple(template.render(chat)), template.starts_in_reasoning(chat)
+            return tuple(self.template.render(chat)), self.template.starts_in_reasoning(chat)
 
         try:
             return await asyncio.to_thread(work)
