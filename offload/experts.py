@@ -33,7 +33,7 @@ class ExpertStats:
     layers_run: int = 0
     tokens: int = 0
     assignments: int = 0  # pairs of a token and an expert
-    distinct_experts: int = 0  # distinct experts, summed over the layers run
+    distinct_experts: int = 0  # summed over the layers run
     bytes_read: int = 0  # of those experts
     seconds: float = 0.0  # from submit until wait has the result
     hinted_experts: int = 0  # distinct experts named by hints that were followed by a submit

@@ -101,14 +101,15 @@ def _timings(scratch: Path, given: argparse.Namespace) -> list[dict[str, Any]]:
     ceiling = machine.read_bandwidth()
     model = checkpoint(scratch, mid_size_config(given.experts_gb))
     pages_each = pages_for(1024)
-    engine = _engine(model, given.against, "bfloat16", "a8", pages_each * max(BATCHES))
+    dtype: Dtype = "bfloat16" if given.against == "cuda" else "float32"
+    engine = _engine(model, given.against, dtype, "a8", pages_each * max(BATCHES))
     try:
         stepper = Stepper(engine, pages_each)
         timings = [stepper.prefill(n_tokens, 5) for n_tokens in (512, 1024)]
         timings += [stepper.decode(batch, 512, 30) for batch in BATCHES]
     finally:
         engine.close()
-    print(f"mid-size model, bfloat16, experts int4 a8; this machine reads {ceiling / 1e9:.1f} GB/s")
+    print(f"mid-size model, {dtype}, experts int4 a8; this machine reads {ceiling / 1e9:.1f} GB/s")
     print(table(timings, ceiling))
     return [{**t.as_json(), "share_of_read": t.expert_bytes_per_second / ceiling} for t in timings]
 

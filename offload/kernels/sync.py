@@ -33,7 +33,7 @@ N_BARRIERS = 2
 COUNTERS = 4 * LINE  # three task counters
 N_COUNTERS = 3
 CONTROL = 7 * LINE  # written by the submitter, read by all
-N_WORKERS, FUNCTION, ARGUMENT, FUTEX, STATUS = (CONTROL + 8 * i for i in range(5))
+N_WORKERS, FUNCTION, ARGUMENT, FUTEX, STATUS, GONE = (CONTROL + 8 * i for i in range(6))
 POOL_WORDS = 8 * LINE // 8
 
 SLEEPERS = 8  # byte offset of the sleepers count within a waitable line
@@ -79,10 +79,10 @@ def arrive(pool, line):
 
 @njit(**NOPYTHON)
 def await_all(pool, line):
-    """Block until every worker has arrived at the line, or the job was aborted."""
+    """Block until every worker has arrived at the line, or the job was aborted, or a worker's thread is gone."""
     n_workers = atomic_load(pool + N_WORKERS)
     value = atomic_load(line)
-    while value < n_workers:
+    while value < n_workers and atomic_load(pool + GONE) == 0:
         value = wait_change(pool, line, value)
 
 
@@ -92,7 +92,7 @@ def barrier(pool, index):
     line = pool + BARRIERS + index * LINE
     arrive(pool, line)
     await_all(pool, line)
-    return atomic_load(pool + STATUS) == 0
+    return atomic_load(pool + STATUS) == 0 and atomic_load(pool + GONE) == 0
 
 
 @njit(**NOPYTHON)
@@ -149,7 +149,8 @@ def join(pool):
 
 @njit(cache=True, **NOPYTHON)
 def release(pool, status):
-    """A worker thread is gone: let everybody go, the submitter too."""
+    """A worker's thread is gone for good: let everybody go, the submitter too, now and in later jobs."""
+    atomic_store(pool + GONE, 1)
     abort(pool, status)
     atomic_add(pool + DONE, ABORTED)
     wake(pool, pool + DONE)

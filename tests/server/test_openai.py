@@ -322,18 +322,24 @@ def test_tokenize_and_detokenize(server: FakeServer) -> None:
     assert server.ask("POST", "/tokenize", {"prompt": "ab", "return_token_strs": True}).body["token_strs"] == ["a", "b"]
 
 
-def test_tokenize_counts_what_a_chat_costs(server: FakeServer) -> None:
+def call_once(call_id: str) -> dict[str, Any]:
+    """A conversation with one tool call."""
     messages = [
         {"role": "developer", "content": [{"type": "text", "text": "Be brief."}]},
         *user("Weather?"),
-        {"role": "assistant", "content": None, "tool_calls": [{"id": "call_1", "function": CALLED}]},
-        {"role": "tool", "tool_call_id": "call_1", "content": "sunny"},
+        {"role": "assistant", "content": None, "tool_calls": [{"id": call_id, "function": CALLED}]},
+        {"role": "tool", "tool_call_id": call_id, "content": "sunny"},
     ]
-    body = {"messages": messages, "tools": [TOOL]}
-    got = server.ask("POST", "/tokenize", body).body
-    usage = server.ask("POST", CHAT, {**body, "max_tokens": 1}).body["usage"]
-    assert got["count"] == usage["prompt_tokens"]
-    assert b"functions.get_weather:0" in bytes(i for i in got["tokens"] if i < 256)  # not call_1
+    return {"messages": messages, "tools": [TOOL]}
+
+
+def test_tokenize_renders_as_written_and_a_chat_rewrites_foreign_call_ids(server: FakeServer) -> None:
+    ours, foreign = call_once("functions.get_weather:0"), call_once("call_1")
+    count = server.ask("POST", "/tokenize", ours).body["count"]
+    written = bytes(i for i in server.ask("POST", "/tokenize", foreign).body["tokens"] if i < 256)
+    assert written.count(b"call_1") == 2 and b"functions.get_weather:0" not in written
+    for body in (ours, foreign):
+        assert server.ask("POST", CHAT, {**body, "max_tokens": 1}).body["usage"]["prompt_tokens"] == count
 
 
 CALLED = {"name": "get_weather", "arguments": '{"city": "Rome"}'}

@@ -21,7 +21,10 @@ from prometheus_client.parser import text_string_to_metric_families
 ROOT = Path(__file__).resolve().parents[2]
 START_SECONDS = 240  # a cold kernel cache on two busy cores compiles for a while
 Serve = Callable[..., AbstractContextManager["Server"]]  # (model, *flags)
-STOP_TOKENS = {"257": -100, "258": -100}  # [EOS] and <|im_end|> of the 512-token vocabulary, as a logit_bias
+# Values of logit_bias for the vocabulary of 256 bytes and 256 specials. Without the stop tokens an answer's length is
+# known; with ASCII only, a token's text says which one it is.
+NO_STOP = {"257": -100, "258": -100}
+ASCII_ONLY = {str(token): -100 for token in range(128, 512)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,9 +121,9 @@ class Answer:
 
 
 def complete(client: openai.OpenAI, model: str, ids: list[int], max_tokens: int, **options: Any) -> Answer:
-    """Greedy tokens after `ids`, the stop tokens forbidden so that the length is fixed."""
+    """Greedy tokens after `ids`, ASCII bytes only."""
     answer = client.completions.create(
-        model=model, prompt=ids, max_tokens=max_tokens, temperature=0, logprobs=0, logit_bias=STOP_TOKENS, **options
+        model=model, prompt=ids, max_tokens=max_tokens, temperature=0, logprobs=0, logit_bias=ASCII_ONLY, **options
     )
     choice, usage = answer.choices[0], answer.usage
     assert choice.logprobs and choice.logprobs.tokens and usage and usage.prompt_tokens_details

@@ -41,9 +41,10 @@ def tokens(answers: list[Answer]) -> list[tuple[str, ...]]:
 def test_in_a_batch_of_eight(serve: Serve, model_dir: Path, alone: list[Answer]) -> None:
     with serve(model_dir, "--expert-precision", "a16") as server, server.client() as client:
         found = together(client, server.name, prompts())
-        steps = server.metrics()
+        seen = server.metrics()
     assert tokens(found) == tokens(alone)
-    assert steps["generation_tokens_total"] == len(LENGTHS) * N_NEW
+    assert seen["generation_tokens_total"] == len(LENGTHS) * N_NEW
+    assert seen["engine_steps_total"] < len(LENGTHS) * N_NEW / 2, "hardly any steps were shared"
 
 
 def test_with_a_shared_prefix(server: Server, client: openai.OpenAI, alone: list[Answer]) -> None:
@@ -73,14 +74,17 @@ def test_with_chunked_prefill(serve: Serve, model_dir: Path, alone: list[Answer]
 
 
 def test_after_preemption(serve: Serve, model_dir: Path, server: Server, client: openai.OpenAI) -> None:
-    """Eight requests of 2 pages that grow to 6, in 16 pages: some must give way and be computed again."""
-    asked = prompts((20,) * 8)
+    """Eight requests that share a page and grow from 2 pages to 6 each, in 16 pages: some must give way."""
+    first = prompts((16,))[0]
+    asked = [first + ids for ids in prompts((4,) * 9)[1:]]
     expected = [complete(client, server.name, ids, 70).tokens for ids in asked]
     page = 16 * 4 * (64 + 16) * 4  # tokens, layers, latent and rope values, float32
     flags = ("--expert-precision", "a16", "--max-model-len", "256", "--kv-memory", str(16 * page))
     with serve(model_dir, *flags) as small, small.client() as its_client:
+        complete(its_client, small.name, [*first, 0], 1)
         found = together(its_client, small.name, asked, 70)
         seen = small.metrics()
     assert tokens(found) == expected
+    assert [answer.cached for answer in found] == [16] * 8
     assert seen["num_preemptions_total"] > 0
     assert seen["kv_cache_usage_perc"] == 0 and seen["num_requests_running"] == 0

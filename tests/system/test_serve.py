@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tests.reference import hf
-from tests.system.serving import STOP_TOKENS, Serve, Server, stop
+from tests.system.serving import NO_STOP, Serve, Server, stop
 
 N_STREAMS = 64
 
@@ -24,7 +24,7 @@ def ask(client: openai.OpenAI, model: str, text: str, max_tokens: int = 24, **op
         messages=[{"role": "user", "content": text}],
         max_tokens=max_tokens,
         temperature=0,
-        logit_bias=STOP_TOKENS,
+        logit_bias=NO_STOP,
         **options,
     )
 

@@ -1,0 +1,290 @@
+"""The facade against float64 NumPy, and what a caller may rely on: invariance, NaN, odd shapes, counters, errors."""
+
+import threading
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+
+from offload.config import PROJECTIONS, ExpertFormat, ExpertGeometry, Isa, PoolConfig, Precision
+from offload.experts import Experts
+from offload.isa import available
+from tests.reference import experts as reference
+from tests.reference.expert_memory import MemoryStore, memory_store
+
+FORMATS: tuple[ExpertFormat, ...] = ("int4", "int8", "bf16", "fp8")
+PRECISIONS: tuple[Precision, ...] = ("a8", "a16")
+GEOMETRIES = [ExpertGeometry(5, 96, 160), ExpertGeometry(3, 416, 32), ExpertGeometry(4, 256, 384)]
+ODD = ExpertGeometry(4, 99, 141)  # bf16 and fp8 only: partial blocks and tiles on every side
+LAYER = 3
+
+
+def open_experts(store: MemoryStore, config: PoolConfig) -> Experts:
+    return Experts(store, config)  # type: ignore[arg-type]
+
+
+class Case:
+    """A store with its workers, and a way to ask both them and the reference."""
+
+    def __init__(self, store: MemoryStore, config: PoolConfig) -> None:
+        self.store, self.precision = store, config.precision
+        self.experts = open_experts(store, config)
+
+    def run(self, x: np.ndarray, ids: np.ndarray, weights: np.ndarray, layer: int = LAYER) -> np.ndarray:
+        tensors = [torch.from_numpy(np.array(array)) for array in (x, ids, weights.astype(np.float32))]
+        return self.experts.submit(layer, *tensors).wait().numpy()
+
+    def expected(self, x: np.ndarray, ids: np.ndarray, weights: np.ndarray, layer: int = LAYER) -> np.ndarray:
+        dense = self.store.dense[self.store.layers.index(layer)]
+        return reference.experts(dense, x, ids, weights.astype(np.float32), self.precision)
+
+
+@pytest.fixture
+def int4() -> Iterator[Case]:
+    made = Case(memory_store("int4", ExpertGeometry(6, 160, 96), layers=(LAYER, 8)), PoolConfig(threads=2))
+    yield made
+    made.experts.close()
+
+
+def routed(rng: np.random.Generator, tokens: int, geometry: ExpertGeometry, k: int) -> tuple[np.ndarray, ...]:
+    """x, ids (k different experts for each token), weights."""
+    ids = np.array([rng.permutation(geometry.n_experts)[:k] for _ in range(tokens)]).reshape(tokens, k)
+    x = rng.standard_normal((tokens, geometry.hidden)).astype(np.float32)
+    return x, ids, rng.uniform(0.1, 1, (tokens, k)).astype(np.float32)
+
+
+def tolerance(fmt: ExpertFormat, precision: Precision, expected: np.ndarray) -> float:
+    """Float sums of up to 416 terms of order one: 416 * 2^-24 of the largest output is 2.5e-5 of it, twice.
+
+    Quantising h rounds a value that lies on the edge between two integers either way, which moves an output by one
+    step: a `limit`-th of a group's largest h times a weight, so a few times 1 / limit of a typical output. Fewer than
+    one value in 1,000 is that close (the float error of h is below 1e-5 of a step with a8, 3e-3 with a16).
+    """
+    step = 1 / reference.LIMITS[precision] if fmt in ("int4", "int8") else 0.0
+    return float(np.abs(expected).max() * (5e-5 + step / 4))
+
+
+@pytest.mark.parametrize("isa", sorted({available()[0], "portable"}))
+@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_experts_agree_with_the_reference(isa: Isa, fmt: ExpertFormat, precision: Precision) -> None:
+    rng = np.random.default_rng(7)
+    for geometry in (*GEOMETRIES, *([ODD] if fmt in ("bf16", "fp8") else [])):
+        case = Case(memory_store(fmt, geometry), PoolConfig(threads=2, precision=precision, isa=isa))
+        for tokens, k in ((1, 1), (1, 3), (6, 2), (13, 3)):
+            question = routed(rng, tokens, geometry, k)
+            expected = case.expected(*question)
+            assert np.abs(case.run(*question) - expected).max() <= tolerance(fmt, precision, expected), geometry
+        case.experts.close()
+
+
+def test_precisions_differ_as_much_as_their_names_say() -> None:
+    """Against the same layer with unquantised activations: about one percent with a8, next to nothing with a16."""
+    rng, geometry = np.random.default_rng(1), ExpertGeometry(4, 512, 256)
+    store = memory_store("int4", geometry)
+    question = routed(rng, 8, geometry, 2)
+    dense = store.dense[0]
+    exact = reference.experts(reference.Layer("bf16", dense.gate, dense.up, dense.down), *question, "a16")
+    error = {}
+    for precision in PRECISIONS:
+        case = Case(store, PoolConfig(threads=1, precision=precision))
+        error[precision] = np.linalg.norm(case.run(*question) - exact) / np.linalg.norm(exact)
+        case.experts.close()
+    assert 1e-3 < error["a8"] < 3e-2
+    assert error["a16"] < 1e-4
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_a_token_gets_the_same_bits_alone_and_in_any_batch(fmt: ExpertFormat) -> None:
+    rng, geometry = np.random.default_rng(2), ExpertGeometry(6, 128, 96)
+    store = memory_store(fmt, geometry)
+    x, ids, weights = routed(rng, 300, geometry, 4)
+    cases = [Case(store, PoolConfig(threads=n)) for n in (1, 2, 5)]
+    whole = cases[0].run(x, ids, weights)
+    for case in cases:
+        assert np.array_equal(case.run(x, ids, weights), whole)
+        for first, n in ((0, 1), (1, 1), (17, 8), (290, 3), (40, 130)):
+            rows = slice(first, first + n)
+            assert np.array_equal(case.run(x[rows], ids[rows], weights[rows]), whole[rows])
+        order = rng.permutation(len(x))
+        assert np.array_equal(case.run(x[order], ids[order], weights[order]), whole[order])
+        turned = slice(None, None, -1)  # the router's order of a token's experts does not matter either
+        assert np.array_equal(case.run(x, ids[:, turned], weights[:, turned]), whole)
+        case.experts.close()
+
+
+def test_no_tokens_and_no_experts(int4: Case) -> None:
+    nothing = int4.run(np.empty((0, 160), np.float32), np.empty((0, 2), np.int64), np.empty((0, 2)))
+    assert nothing.shape == (0, 160)
+    unrouted = int4.run(np.ones((3, 160), np.float32), np.empty((3, 0), np.int64), np.empty((3, 0)))
+    assert np.array_equal(unrouted, np.zeros((3, 160)))
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 5, 700])
+def test_all_tokens_on_one_expert(int4: Case, tokens: int) -> None:
+    rng = np.random.default_rng(tokens)
+    x, _, weights = routed(rng, tokens, int4.store.geometry, 1)
+    question = x, np.full((tokens, 1), 4), weights
+    got = int4.run(*question)
+    check = slice(-5, None)  # the reference is slow
+    expected = int4.expected(*(array[check] for array in question))
+    assert np.abs(got[check] - expected).max() <= tolerance("int4", "a8", expected)
+
+
+def test_an_expert_named_twice_counts_twice(int4: Case) -> None:
+    x = np.random.default_rng(0).standard_normal((2, 160)).astype(np.float32)
+    question = x, np.array([[2, 2, 5], [5, 2, 5]]), np.array([[0.25, 0.5, 1.0], [0.5, 1.0, 0.25]])
+    expected = int4.expected(*question)
+    assert np.abs(int4.run(*question) - expected).max() <= tolerance("int4", "a8", expected)
+
+
+def test_layers_have_their_own_experts(int4: Case) -> None:
+    question = routed(np.random.default_rng(4), 3, int4.store.geometry, 2)
+    answers = {layer: int4.run(*question, layer=layer) for layer in (LAYER, 8, LAYER)}
+    for layer, got in answers.items():
+        expected = int4.expected(*question, layer=layer)
+        assert np.abs(got - expected).max() <= tolerance("int4", "a8", expected)
+    assert np.abs(answers[LAYER] - answers[8]).max() > 0.1
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_bad_value_ruins_its_own_token_only(fmt: ExpertFormat, bad: float) -> None:
+    geometry = ExpertGeometry(4, 96, 64)
+    case = Case(memory_store(fmt, geometry), PoolConfig(threads=2))
+    x, ids, weights = routed(np.random.default_rng(5), 9, geometry, 2)
+    clean = case.run(x, ids, weights)
+    x[4, 50] = bad
+    got = case.run(x, ids, weights)
+    case.experts.close()
+    assert not np.isfinite(got[4]).any()
+    if fmt in ("int4", "int8"):
+        assert np.isnan(got[4]).all()
+    assert np.array_equal(np.delete(got, 4, 0), np.delete(clean, 4, 0))
+
+
+def test_tensors_of_other_types_and_strides(int4: Case) -> None:
+    rng = np.random.default_rng(6)
+    x, ids, weights = (torch.from_numpy(array) for array in routed(rng, 4, int4.store.geometry, 2))
+    plain = int4.experts.submit(LAYER, x.bfloat16().float(), ids, weights).wait()
+    half = int4.experts.submit(LAYER, x.bfloat16(), ids.int(), weights.bfloat16().float()).wait()
+    assert half.dtype == torch.bfloat16
+    turned = x.bfloat16().float().t().contiguous().t()
+    assert not turned.is_contiguous()
+    assert torch.equal(int4.experts.submit(LAYER, turned, ids.t().contiguous().t(), weights).wait(), plain)
+    again = int4.experts.submit(LAYER, x.bfloat16().float(), ids, weights.bfloat16().float()).wait()
+    assert torch.equal(half, again.bfloat16())
+
+
+def test_results_are_the_callers_to_keep(int4: Case) -> None:
+    first_question, second_question = (routed(np.random.default_rng(i), 3, int4.store.geometry, 2) for i in (1, 2))
+    first = int4.run(*first_question)
+    kept = first.copy()
+    int4.run(*second_question)
+    assert np.array_equal(first, kept)
+
+
+@pytest.mark.parametrize(
+    ("layer", "x", "ids", "weights", "message"),
+    [
+        (4, (2, 160), [[0], [1]], (2, 1), r"layer: 4 .*\[3, 8\]"),
+        (3, (2, 159), [[0], [1]], (2, 1), r"x: expected \(tokens, 160\), got \(2, 159\)"),
+        (3, (3, 160), [[0], [1]], (2, 1), r"ids, weights: expected two \(3, k\)"),
+        (3, (2, 160), [[0], [1]], (2, 2), r"ids, weights: .*\(2, 2\)"),
+        (3, (2, 160), [[0], [6]], (2, 1), r"ids: experts are 0 to 5, got 0 to 6"),
+        (3, (2, 160), [[-1], [5]], (2, 1), r"ids: experts are 0 to 5, got -1 to 5"),
+    ],
+)
+def test_what_does_not_fit_is_refused_by_name(int4: Case, layer, x, ids, weights, message) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(ValueError, match=message):
+        int4.experts.submit(layer, torch.ones(x), torch.tensor(ids), torch.ones(weights))
+    int4.run(np.ones((1, 160), np.float32), np.array([[0]]), np.array([[1.0]]))
+
+
+def test_one_layer_at_a_time(int4: Case) -> None:
+    tensors = torch.ones(1, 160), torch.tensor([[0]]), torch.ones(1, 1)
+    pending = int4.experts.submit(LAYER, *tensors)
+    with pytest.raises(RuntimeError, match="wait for it"):
+        int4.experts.submit(LAYER, *tensors)
+    pending.wait()
+    with pytest.raises(RuntimeError, match="already"):
+        pending.wait()
+
+
+def test_counters(int4: Case) -> None:
+    expert = int4.store.geometry.expert_bytes("int4")
+    before = int4.experts.stats()
+    assert before.hint_recall is None
+    x, weights = np.ones((3, 160), np.float32), np.ones((3, 2))
+    int4.run(x, np.array([[0, 1], [1, 0], [5, 1]]), weights)
+    one = int4.experts.stats()
+    assert (one.layers_run, one.tokens, one.assignments, one.distinct_experts) == (1, 3, 6, 3)
+    assert one.bytes_read == 3 * expert
+    assert one.hint_recall is None
+    int4.experts.hint(8, torch.tensor([[0, 1, 2], [1, 2, 3]]))
+    int4.run(x, np.array([[0, 1], [1, 0], [5, 4]]), weights, layer=LAYER)  # not the hinted layer
+    assert int4.experts.stats().hint_recall is None
+    int4.run(x, np.array([[0, 1], [1, 0], [5, 4]]), weights, layer=8)
+    two = int4.experts.stats()
+    assert (two.layers_run, two.hinted_experts, two.wanted_experts, two.found_experts) == (3, 4, 4, 2)
+    assert two.hint_recall == 0.5
+    assert two.seconds > one.seconds > 0
+    assert two.bytes_prefetched == 0
+    assert not int4.experts.wants_hints  # not a mapped store
+    int4.run(x, np.array([[0, 1], [1, 0], [5, 4]]), weights, layer=8)  # a hint is for one submit
+    assert int4.experts.stats().wanted_experts == 4
+
+
+def test_hints_are_checked(int4: Case) -> None:
+    with pytest.raises(ValueError, match="layer: 4"):
+        int4.experts.hint(4, torch.tensor([[0]]))
+    with pytest.raises(ValueError, match="got 6 to 6"):
+        int4.experts.hint(LAYER, torch.tensor([[6]]))
+
+
+def test_a_tier_that_cannot_run_is_refused() -> None:
+    missing = [isa for isa in ("avx512vnni", "avx2") if isa not in available()]
+    if not missing:
+        pytest.skip("this processor runs every tier")
+    with pytest.raises(ValueError, match="cannot run on this machine"):
+        open_experts(memory_store("int4", ExpertGeometry(1, 32, 32)), PoolConfig(isa=missing[0]))  # type: ignore[arg-type]
+
+
+def test_close_ends_the_workers() -> None:
+    before = threading.active_count()
+    experts = open_experts(memory_store("int4", ExpertGeometry(1, 32, 32)), PoolConfig(threads=3))
+    assert threading.active_count() == before + 3
+    experts.close()
+    assert threading.active_count() == before
+
+
+def test_hinted_experts_of_a_mapped_store_are_asked_from_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every matrix of the hinted experts, and nothing else."""
+    store = memory_store("int4", ExpertGeometry(6, 96, 64))
+    store.mapped = True
+    asked: list[tuple[int, int]] = []
+    monkeypatch.setattr("offload.experts.read_ahead", lambda ranges: asked.extend(ranges) or 7)
+    experts = open_experts(store, PoolConfig(threads=1))
+    assert experts.wants_hints
+    experts.hint(LAYER, torch.tensor([[4, 1], [1, 4]]))
+    experts.close()
+    assert experts.stats().bytes_prefetched == 7
+    expected = [
+        (store.addresses[0, e, p, 0], 96 * 64 // 2 + 96 * 64 // 16) for e in (1, 4) for p in range(len(PROJECTIONS))
+    ]
+    assert asked == expected
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tensors_on_the_device(int4: Case, dtype: torch.dtype) -> None:
+    for tokens in (1, 40, 7):
+        x, ids, weights = (
+            torch.from_numpy(a) for a in routed(np.random.default_rng(9), tokens, int4.store.geometry, 2)
+        )
+        host = int4.experts.submit(LAYER, x.to(dtype), ids, weights).wait()
+        device = int4.experts.submit(LAYER, x.to("cuda", dtype), ids.cuda(), weights.cuda()).wait()
+        assert device.is_cuda
+        assert torch.equal(device.cpu(), host)
