@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
 
+from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from server import args, chat_client, default_model
@@ -99,8 +100,8 @@ def _make_checkpoint(given: argparse.Namespace, environ: Mapping[str, str]) -> i
         TimeRemainingColumn(),
     )
     try:
-        with Progress(*columns, disable=not sys.stdout.isatty()) as bars:
-            bar = bars.add_task("writing")
+        with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as bars:
+            bar = bars.add_task("writing", total=None)
             write_checkpoint(
                 config,
                 given.out,

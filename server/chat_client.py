@@ -75,7 +75,7 @@ class ChatClient:
 def converse(client: ChatClient) -> None:
     """Read turns from the terminal until end of file."""
     console = Console(stderr=True)
-    console.print(GREETING, style="dim")
+    console.print(GREETING, style="dim", highlight=False)
     while True:
         try:
             prompt = console.input("[bold]> [/bold]").strip()

@@ -215,7 +215,11 @@ class ProductCode:
             emit_integers(self.e, self.fmt, self.precision, operands)
 
     def _prefetch(self, rows: Sequence[Value]) -> None:
-        """The rows that come next, line by line as this block is read: 30 to 60 % faster from DRAM (Zen 3)."""
+        """The next rows, line by line as these are read.
+
+        Zen 3, one token, a whole int4 layer, GB/s for each core: none 11.2, the next block 12.5, two to four blocks
+        on no better, a fixed distance of 1 to 16 KiB 11.5 to 11.8.
+        """
         for row in rows:
             for line in range(0, self.chunk.weight_bytes, 64):
                 self.e.prefetch(row, line)
