@@ -125,8 +125,8 @@ class Experts:
 
     @property
     def wants_hints(self) -> bool:
-        """True where a hint can do something: the store is mapped, so its pages may still be on the disk."""
-        return self._store.mapped
+        """True where a hint can do something: the experts are larger than RAM, so some are on the disk."""
+        return not self._store.resident
 
     def submit(self, layer: int, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> Pending:
         """Start y = sum_k weights_k * down(silu(gate x) * up x) for every row of x (T, D).
@@ -153,12 +153,12 @@ class Experts:
     def hint(self, layer: int, ids: torch.Tensor) -> None:
         """Say which experts (T, K') the layer's next submit will probably want.
 
-        Starts reading them where the store is mapped and they are not in memory. Its hits show in `stats`.
+        Starts reading them where the store is larger than RAM and they are not in memory. Its hits show in `stats`.
         """
         index, named = self._find(layer), ids.reshape(-1).cpu().numpy()
         self._check_ids(named)
         experts = self._hints[layer] = frozenset(named.tolist())
-        if self._store.mapped:
+        if not self._store.resident:
             started = read_ahead(self._ranges(index, experts))
             self._stats = replace(self._stats, bytes_prefetched=self._stats.bytes_prefetched + started)
 

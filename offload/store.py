@@ -36,6 +36,7 @@ class ExpertStore:
         addresses: npt.NDArray[np.int64],
         owners: Sequence[memoryview],
         mapped: bool,
+        resident: bool,
         notices: Sequence[str],
     ) -> None:
         self.geometry = geometry
@@ -44,6 +45,7 @@ class ExpertStore:
         self.n_bytes = len(self.layers) * geometry.n_experts * geometry.expert_bytes(fmt)
         self.addresses = addresses  # (n_layers, E, 3, 2): gate/up/down; 0 data, 1 scales (0 where the format has none)
         self.mapped = mapped  # True: the bytes are the shard files' own pages
+        self.resident = resident  # False: larger than RAM, so parts of it come from the disk when they are used
         self.notices = tuple(notices)  # lines for the user: weight error, what was not read ahead
         self._owners = list(owners)
 
@@ -91,10 +93,11 @@ def open_store(
         table = [[matrix.data_address, matrix.scales_address] for matrix in matrices]
         owners = [checkpoint.buffer(path) for path in sorted({matrix.data.path for matrix in matrices})]
         owners += [checkpoint.buffer(path) for path in sorted({m.scales.path for m in matrices if m.scales})]
-        return ExpertStore(geometry, fmt, layers, np.array(table, np.int64).reshape(shape), owners, True, notices)
+        addresses = np.array(table, np.int64).reshape(shape)
+        return ExpertStore(geometry, fmt, layers, addresses, owners, True, not notices, notices)
     made = requantise(matrices, source, fmt, len(layers), progress)
     notices = made.notices(layers, source, fmt)
-    return ExpertStore(geometry, fmt, layers, made.addresses.reshape(shape), [made.memory], False, notices)
+    return ExpertStore(geometry, fmt, layers, made.addresses.reshape(shape), [made.memory], False, True, notices)
 
 
 def _stored_format(source: Source, target: Target) -> ExpertFormat:

@@ -231,7 +231,7 @@ def test_counters(int4: Case) -> None:
     assert two.hint_recall == 0.5
     assert two.seconds > one.seconds > 0
     assert two.bytes_prefetched == 0
-    assert not int4.experts.wants_hints  # not a mapped store
+    assert not int4.experts.wants_hints  # all in memory
     int4.run(x, np.array([[0, 1], [1, 0], [5, 4]]), weights, layer=8)  # a hint is for one submit
     assert int4.experts.stats().wanted_experts == 4
 
@@ -259,10 +259,10 @@ def test_close_ends_the_workers() -> None:
     assert threading.active_count() == before
 
 
-def test_hinted_experts_of_a_mapped_store_are_asked_from_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hinted_experts_of_a_store_larger_than_ram_are_asked_from_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every matrix of the hinted experts, and nothing else."""
     store = memory_store("int4", ExpertGeometry(6, 96, 64))
-    store.mapped = True
+    store.resident = False
     asked: list[tuple[int, int]] = []
     monkeypatch.setattr("offload.experts.read_ahead", lambda ranges: asked.extend(ranges) or 7)
     experts = open_experts(store, PoolConfig(threads=1))

@@ -111,7 +111,8 @@ def test_scaled_formats_are_used_in_place(tmp_path: Path, source: str, target: T
     data_name, scales_name = (
         (".weight_packed", ".weight_scale") if source == "int4" else (".weight", ".weight_scale_inv")
     )
-    assert found.mapped and found.format == source and found.layers == LAYERS and found.notices == ()
+    assert found.mapped and found.resident and found.notices == ()
+    assert found.format == source and found.layers == LAYERS
     assert found.addresses.dtype == np.int64 and found.addresses.shape == (2, 3, 3, 2)
     checkpoint.close()  # the store keeps the mappings
     total = 0
@@ -208,6 +209,7 @@ def test_no_reading_ahead_beyond_memory(tmp_path: Path, monkeypatch: pytest.Monk
     )
     assert calls == []
     assert len(found.notices) == 1 and "not read ahead" in found.notices[0]
+    assert found.mapped and not found.resident
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,7 @@ class MemoryStore:
     addresses: np.ndarray
     dense: list[experts.Layer]  # by layer
     owners: list[np.ndarray]
-    mapped: bool = False
+    resident: bool = True
 
 
 def memory_store(
