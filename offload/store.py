@@ -22,6 +22,7 @@ Progress = Callable[[str, int, int], None]
 Target = Literal["native", "int8", "int4"]
 
 UNQUANTISED: dict[str, Source] = {"BF16": "bf16", "F16": "f16", "F32": "f32"}
+UNREAD_PARTS = ("weight_g_idx", "weight_zero_point")  # of compressed-tensors; each would change the values
 SAME_RANGE = 1 << 20  # neighbouring tensors closer than this are read as one range
 
 
@@ -163,6 +164,12 @@ def _parts(source: Source, n_out: int, n_in: int) -> tuple[_Part, ...]:
 
 def _matrix(checkpoint: Checkpoint, name: str, shape: tuple[int, int], source: Source) -> MatrixSource:
     """One checked matrix. `weight_shape` is optional; where it is there, it must agree."""
+    for part in UNREAD_PARTS:
+        if f"{name}.{part}" in checkpoint:
+            raise CheckpointError(
+                f"{checkpoint.directory}: tensor {name}.{part}: reordered or asymmetric weights are not supported; "
+                "use a checkpoint quantised symmetrically, with actorder null"
+            )
     infos = [_checked(checkpoint, name, part, shape) for part in _parts(source, *shape)]
     if source == "int4" and f"{name}.weight_shape" in checkpoint:
         _check_weight_shape(checkpoint, f"{name}.weight_shape", shape)

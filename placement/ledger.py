@@ -178,7 +178,7 @@ def _expert_format(model: ModelConfig, wishes: Wishes) -> ExpertFormat:
 
 def _mapped(model: ModelConfig, wishes: Wishes) -> bool:
     """True where the checkpoint's own pages serve; a format that is not the published one is a copy."""
-    return _expert_format(model, wishes) == model.expert_format
+    return _expert_format(model, wishes) == model.expert_format and not model.expert_copy
 
 
 def _check_copy(facts: Facts, experts: int) -> None:

@@ -52,7 +52,10 @@ def _serve(given: argparse.Namespace, environ: Mapping[str, str]) -> int:
 
 
 def _default_model(environ: Mapping[str, str]) -> Path:
-    cache = Path(environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hybrid"
+    try:
+        cache = Path(environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hybrid"
+    except RuntimeError:  # a user id that the system does not know
+        raise SettingsError("this user has no home for the default model: set XDG_CACHE_HOME, or --model DIR") from None
     _tell(default_model.WARNING)
     try:
         return default_model.default_model(cache, lambda: _tell(f"writing it to {cache} (first start only)"))
@@ -64,17 +67,18 @@ def _default_model(environ: Mapping[str, str]) -> Path:
 
 def _chat(given: argparse.Namespace, environ: Mapping[str, str]) -> int:
     prompt = " ".join(given.prompt)
-    if not sys.stdin.isatty():
+    is_terminal = sys.stdin is not None and sys.stdin.isatty()
+    if sys.stdin is not None and not is_terminal:  # None: standard input is closed
         prompt = "\n".join(part for part in (prompt, sys.stdin.read().strip()) if part)
     client = chat_client.ChatClient(
-        url=given.url.rstrip("/"),
+        url=chat_client.server_url(given.url),
         model=given.model,
         api_key=given.api_key or environ.get("HYBRID_API_KEY"),
         thinking=given.thinking,
         max_tokens=given.max_tokens,
     )
     try:
-        if prompt or not sys.stdin.isatty():
+        if prompt or not is_terminal:
             asyncio.run(client.ask(prompt))
         else:
             chat_client.converse(client)

@@ -124,6 +124,7 @@ def create_app(settings: ServerSettings, build: str = BUILD_ENGINE) -> web.Appli
         hosts=frozenset({"localhost", settings.host.lower(), socket.gethostname().lower()}),
     )
     app[BODIES] = Bodies()
+    logging.getLogger("aiohttp.server").addFilter(middleware.is_our_fault)
     app.add_routes(ROUTES)
     app.on_response_prepare.append(middleware.on_prepare)
     app.cleanup_ctx.append(_engine)

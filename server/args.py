@@ -72,7 +72,7 @@ def _add_option(serve: argparse.ArgumentParser, option: Option) -> None:
     elif option.kind == "choice":
         serve.add_argument(option.flag, choices=option.choices, **common)
     elif option.kind == "texts":
-        serve.add_argument(option.flag, action=_Collect, metavar="TEXT", **common)
+        serve.add_argument(option.flag, action=_Collect, type=_filled, metavar="TEXT", **common)
     else:
         metavar = {"path": "DIR", "text": "TEXT", "bytes": "SIZE"}.get(option.kind, "N")
         serve.add_argument(option.flag, type=_flag_type(option), metavar=metavar, **common)
@@ -95,6 +95,12 @@ def _flag_type(option: Option) -> Callable[[str], Any]:
             raise argparse.ArgumentTypeError(f"expected {option.expected}, found {text!r}") from None
 
     return convert
+
+
+def _filled(text: str) -> str:
+    if not text:  # "$KEY" of a shell where it is not set: an empty API key would let everyone in
+        raise argparse.ArgumentTypeError("expected text that is not empty")
+    return text
 
 
 class _Collect(argparse.Action):
@@ -142,7 +148,6 @@ def _add_make_checkpoint(commands: "argparse._SubParsersAction[argparse.Argument
 
 
 def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise ValueError
-    return number
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number above 0, found {text!r}")
+    return int(text)

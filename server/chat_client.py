@@ -72,6 +72,12 @@ class ChatClient:
         return body
 
 
+def server_url(text: str) -> str:
+    """`text` as people write it: without a scheme, or with the `/v1` that other clients want."""
+    url = text.rstrip("/").removesuffix("/v1")
+    return url if "://" in url else f"http://{url}"
+
+
 def converse(client: ChatClient) -> None:
     """Read turns from the terminal until end of file."""
     console = Console(stderr=True)

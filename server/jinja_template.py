@@ -56,6 +56,8 @@ class JinjaTemplate:
             raise TemplateError(f"the chat template does not compile: line {error.lineno}: {error.message}") from error
         self._arguments_as_text = self._prints_arguments()
         self._content_as_parts = self._reads_parts()
+        # A template that does not know OpenAI's newer name for the system role would leave the message out.
+        self._knows_developer = "probe" in self._probe({"role": "developer", "content": "probe"})
 
     def pieces(self, chat: Chat) -> list[Piece]:
         """The rendered conversation as text and special ids. TemplateError if the template refuses it."""
@@ -102,7 +104,8 @@ class JinjaTemplate:
         """A message as transformers passes it: only the keys that are set."""
         # Templates take a missing text as the sign of a call, or add strings to it.
         content = self._content(index, message.content)
-        result: Json = {"role": message.role, "content": "" if content is None and not message.tool_calls else content}
+        role = "system" if message.role == "developer" and not self._knows_developer else message.role
+        result: Json = {"role": role, "content": "" if content is None and not message.tool_calls else content}
         for key, value in (
             ("reasoning_content", message.reasoning),
             ("tool_call_id", message.tool_call_id),

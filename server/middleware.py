@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable
 from urllib.parse import urlsplit
 
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.web_protocol import RequestPayloadError
 
 from server.errors import NO_RETRY, ApiError
@@ -23,6 +24,11 @@ logger = logging.getLogger(__name__)
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 OPEN_PATHS = ("/livez", "/readyz", "/health")  # answered without a key
 CODES = {404: "not_found", 405: "method_not_allowed", 413: "request_too_large"}
+
+
+def is_our_fault(record: logging.LogRecord) -> bool:
+    """A filter for aiohttp's log: bytes that are no HTTP are answered with 400 and deserve no traceback."""
+    return not (record.exc_info and isinstance(record.exc_info[1], HttpProcessingError))
 
 
 @web.middleware

@@ -202,7 +202,7 @@ class _Folded:
             self._calls[delta.tool.index]["function"]["arguments"] += delta.tool.arguments
 
     def choice(self, index: int, wants_logprobs: bool) -> Json:
-        """The choice, with `content` null where there are only tool calls or nothing but reasoning."""
+        """The choice, with `content` null where there are only tool calls."""
         content, reasoning = "".join(self._content), "".join(self._reasoning)
         message: Json = {"role": "assistant", "content": content if content or not self._calls else None}
         if reasoning:

@@ -4,6 +4,8 @@ Logprobs come in the old format: parallel lists with one entry for each token. A
 so the texts join to the choice's text; special tokens and open characters show as "".
 """
 
+import asyncio
+import json
 import secrets
 import time
 from collections.abc import Sequence
@@ -60,7 +62,7 @@ async def completions(request: web.Request) -> web.StreamResponse:
     headers = ignored_header(fields)
     try:
         if not stream:
-            return web.json_response(await encoder.fold(), headers=headers)
+            return web.json_response(text=await encoder.fold(), headers=headers)
         out = EventStream(request, serving.stall_seconds, headers)
         return await out.run(encoder.stream(out, include_usage))
     finally:
@@ -138,7 +140,7 @@ class _Encoder:
             if event is None:
                 await out.ping()
                 continue
-            self._take(event)
+            await self._take(event)
             reasons = {event.index: event.reason} if isinstance(event, Finished) else {}
             chunk = self._choice(event.index, reasons)
             if chunk["text"] or reasons or (chunk["logprobs"] or {}).get("tokens"):
@@ -146,16 +148,17 @@ class _Encoder:
         if include_usage:
             await out.send({**self._head, "choices": [], "usage": usage_json(self._reply.usage)})
 
-    async def fold(self) -> Json:
+    async def fold(self) -> str:
         """The plain reply."""
         reasons: dict[int, str] = {}
         async for event in self._reply.events():
             assert event is not None
-            self._take(event)
+            await self._take(event)
             if isinstance(event, Finished):
                 reasons[event.index] = event.reason
         choices = [self._choice(index, reasons) for index in range(len(self._texts))]
-        return {**self._head, "choices": choices, "usage": usage_json(self._reply.usage)}
+        body = {**self._head, "choices": choices, "usage": usage_json(self._reply.usage)}
+        return await asyncio.to_thread(json.dumps, body) if self._order.echo else json.dumps(body)
 
     def _choice(self, index: int, reasons: dict[int, str]) -> Json:
         """Everything collected for a choice since the last call."""
@@ -164,11 +167,12 @@ class _Encoder:
         logprobs = self._logprobs[index].take() if self._wants_logprobs else None
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reasons.get(index)}
 
-    def _take(self, event: Answered | Scored | Finished) -> None:
+    async def _take(self, event: Answered | Scored | Finished) -> None:
         index = event.index
         if self._order.echo and index not in self._echoed:
             self._echoed.add(index)
-            self._echo(index, event.logprobs if isinstance(event, Scored) else ())
+            # In a thread: a scored prompt can be megabytes of JSON, a second of work (measured 2026-11-22).
+            await asyncio.to_thread(self._echo, index, event.logprobs if isinstance(event, Scored) else ())
         if isinstance(event, Answered):
             self._texts[index].append(event.piece.delta.content)
             for token in event.piece.tokens:

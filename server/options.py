@@ -6,8 +6,9 @@ field's type accepts and how to say what was wrong with a value; knows no subcom
 
 import dataclasses
 import difflib
+import math
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -19,11 +20,12 @@ from server.settings import ServerSettings
 Kind = Literal["text", "texts", "path", "integer", "bytes", "number", "switch", "choice"]
 
 PREFIX = "HYBRID_"
+LAST_PORT = 65535
 EXPECTED: dict[Kind, str] = {
     "text": "text",
-    "texts": "text, or a list of texts",
+    "texts": "text that is not empty, or a list of such texts",
     "path": "a path",
-    "integer": "a whole number",
+    "integer": "a whole number above 0",
     "bytes": "a size such as 8GiB, 500MB or a number of bytes",
     "number": "a number",
     "switch": "true or false",
@@ -68,13 +70,15 @@ class Option:
     @property
     def expected(self) -> str:
         """What a value must be, for error messages."""
+        if self.field == "port":
+            return f"a whole number from 0 to {LAST_PORT}"
         return "one of " + ", ".join(self.choices) if self.kind == "choice" else EXPECTED[self.kind]
 
     def from_text(self, text: str) -> Any:
         """The value of a flag or a variable. Raises ValueError without a message of its own."""
         match self.kind:
             case "texts":
-                return tuple(part for part in text.split(",") if part)
+                return _filled(text.split(","))
             case "path":
                 return Path(text).expanduser()
             case "switch":
@@ -95,9 +99,9 @@ class Option:
         whole = isinstance(value, int) and not isinstance(value, bool)
         match self.kind:
             case "texts" if isinstance(value, list) and all(isinstance(part, str) for part in value):
-                return tuple(value)
+                return _filled(value)
             case "texts" if isinstance(value, str):
-                return (value,)
+                return _filled([value])
             case "switch" if isinstance(value, bool):
                 return value
             case "integer" | "bytes" if whole:
@@ -109,7 +113,7 @@ class Option:
         return _refuse()
 
     def _bounded(self, value: float) -> float:
-        low, high = (0, 65535) if self.field == "port" else (0 if self.kind == "number" else 1, float("inf"))
+        low, high = (0, LAST_PORT) if self.field == "port" else (0 if self.kind == "number" else 1, float("inf"))
         return value if low <= value <= high else _refuse()
 
 
@@ -187,7 +191,14 @@ def _option(field: "dataclasses.Field[Any]", hint: Any) -> Option:
 def _size(text: str) -> int:
     digits = text.rstrip("BKMGTi ")
     unit = text[len(digits) :].strip()
-    return int(float(digits) * UNITS[unit]) if unit in UNITS else _refuse()
+    size = float(digits) * UNITS[unit] if unit in UNITS else math.inf
+    return int(size) if math.isfinite(size) else _refuse()
+
+
+def _filled(texts: Sequence[str]) -> tuple[str, ...]:
+    """The `texts` that are not empty. Nothing but empty ones is a mistake: an empty API key would let everyone in."""
+    filled = tuple(text for text in texts if text)
+    return filled if filled or not texts else _refuse()
 
 
 def _suggest(name: str, known: Iterable[str]) -> str:

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -273,6 +274,23 @@ def test_the_cache_directory_follows_every_kernel_source(tmp_path: Path, monkeyp
         assert kernels_package.cache_directory(tmp_path) in seen
     assert len(seen) == 3
     assert {path.parent for path in seen} == {tmp_path / "hybrid" / "kernels"}
+
+
+def test_a_cache_that_cannot_be_written_gives_way_to_a_private_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    shared = tmp_path / f"hybrid-{os.getuid()}"
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    for wanted in (tmp_path / "file", Path("~")):  # a directory cannot be made in the one; the other is no home at all
+        monkeypatch.setattr(kernels_package.config, "CACHE_DIR", str(wanted))
+        assert kernels_package.choose_directory() == kernels_package.cache_directory(shared)
+    assert shared.stat().st_mode & 0o777 == 0o700
+    shared.chmod(0o777)  # anybody could have put code there
+    found = kernels_package.choose_directory()
+    assert shared not in found.parents and tmp_path in found.parents
+    monkeypatch.setattr(kernels_package.config, "CACHE_DIR", str(tmp_path / "good"))
+    assert kernels_package.choose_directory() == kernels_package.cache_directory(tmp_path / "good")
 
 
 def test_a_second_start_finds_everything_in_the_cache() -> None:

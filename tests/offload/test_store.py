@@ -260,6 +260,16 @@ REFUSALS: dict[str, tuple[str, Callable[[Tensors], object], str]] = {
         lambda t: t.update({f"{DOWN}.weight_shape": torch.tensor([160, 192])}),
         rf"{DOWN}\.weight_shape: expected I32 or I64 holding \[192, 160\], found \[160, 192\]",
     ),
+    "reordered": (
+        "int4",
+        lambda t: t.update({f"{DOWN}.weight_g_idx": torch.zeros(160, dtype=torch.int32)}),
+        rf"{DOWN}\.weight_g_idx: reordered or asymmetric",
+    ),
+    "asymmetric": (
+        "int4",
+        lambda t: t.update({f"{DOWN}.weight_zero_point": torch.zeros(24, 5, dtype=torch.int32)}),
+        rf"{DOWN}\.weight_zero_point: reordered or asymmetric",
+    ),
     "weight_shape type": (
         "int4",
         lambda t: t.update({f"{DOWN}.weight_shape": torch.tensor([192.0, 160.0])}),

@@ -152,6 +152,14 @@ def test_a_copy_of_the_experts_must_fit_in_ram() -> None:
         place(K25, WORKSTATION, replace(WISHES, expert_target="int8"))
 
 
+def test_experts_that_must_become_bf16_are_a_copy() -> None:
+    model = replace(K25, expert_format="bf16", expert_copy=True)
+    with pytest.raises(PlacementError, match=r"2\.03 TB are needed for a copy of the experts; .*int4$"):
+        place(model, WORKSTATION, WISHES)
+    entry = place(replace(model, num_hidden_layers=3), WORKSTATION, WISHES).entries[-1]
+    assert (entry.what, entry.n_bytes) == ("routed experts, bf16, copy", 2 * 384 * 3 * 2 * 7168 * 2048)
+
+
 def test_int4_is_the_remedy_where_it_fits() -> None:
     model = replace(K25, expert_format="bf16")
     with pytest.raises(PlacementError, match=r"fits: --expert-format int4$"):

@@ -227,6 +227,15 @@ def test_odd_but_good_input(server: FakeServer) -> None:
         assert answer.body["usage"]["completion_tokens"] == 2
 
 
+@pytest.mark.parametrize("line", ["Content-Length: -5", "X: " + 10_000 * "a", "Transfer-Encoding: chunked\r\n\r\nzz"])
+def test_what_is_no_http_leaves_no_traceback(server: FakeServer, line: str, caplog: pytest.LogCaptureFixture) -> None:
+    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
+        connection.sendall(f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\n{line}\r\n\r\n".encode())
+        assert connection.recv(65536).split()[1] == b"400"
+    assert not [record for record in caplog.records if record.exc_info]
+    assert server.ask("GET", "/readyz").status == 200
+
+
 def test_api_key(tiny_model: Path) -> None:
     with fake_server(tiny_model, api_key=("first", "zweiter")) as server:
         for path in ("/v1/models", "/metrics", "/nowhere"):

@@ -70,7 +70,9 @@ def test_a_model_that_is_no_directory() -> None:
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        (["serve", "--port", "x"], "argument --port: expected a whole number, found 'x'"),
+        (["serve", "--port", "x"], "argument --port: expected a whole number from 0 to 65535, found 'x'"),
+        (["serve", "--kv-memory", "inf"], "argument --kv-memory: expected a size such as 8GiB"),
+        (["serve", "--api-key", ""], "argument --api-key: expected text that is not empty"),
         (["serve", "--device", "gpu"], "argument --device: invalid choice: 'gpu'"),
         (["serve", "--prot", "1"], "unrecognized arguments: --prot"),
         (["serve", "stray"], "unrecognized arguments: stray"),
@@ -78,7 +80,7 @@ def test_a_model_that_is_no_directory() -> None:
         ([], "required: COMMAND"),
         (["make-checkpoint", "--out", "x"], "required: --config, --seed"),
         (["chat", "--thinking", "--instant"], "not allowed with"),
-        (["chat", "--max-tokens", "0"], "--max-tokens"),
+        (["chat", "--max-tokens", "0"], "argument --max-tokens: expected a whole number above 0, found '0'"),
     ],
 )
 def test_usage_errors(line: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,7 +9,7 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 
-from server.chat_client import ChatClient, ChatError, printable
+from server.chat_client import ChatClient, ChatError, printable, server_url
 
 
 class Scripted:
@@ -134,6 +134,11 @@ async def test_a_stranger_on_the_port(scripted: tuple[Scripted, str]) -> None:
     script.events.append(b"data: hello\n\n")
     with pytest.raises(ChatError, match="no OpenAI-compatible server"):
         await ChatClient(url, model="m").ask("x")
+
+
+@pytest.mark.parametrize("text", ["http://h:1", "http://h:1/", "http://h:1/v1", "http://h:1/v1/", "h:1", "h:1/v1"])
+def test_the_server_is_found_however_it_is_written(text: str) -> None:
+    assert server_url(text) == "http://h:1"
 
 
 def test_printable() -> None:

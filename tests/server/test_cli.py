@@ -41,7 +41,7 @@ def test_usage_is_2() -> None:
     done = hybrid("serve", "--port", "http")
     assert done.returncode == 2
     assert done.stdout == ""
-    assert "argument --port: expected a whole number, found 'http'" in done.stderr
+    assert "argument --port: expected a whole number from 0 to 65535, found 'http'" in done.stderr
     assert hybrid().returncode == 2
 
 
@@ -109,6 +109,15 @@ def test_make_checkpoint_names_a_missing_key(tmp_path: Path) -> None:
     done = hybrid("make-checkpoint", "--config", str(config), "--out", str(tmp_path / "o"), "--seed", "1")
     assert done.returncode == 78
     assert "kv_lora_rank" in one_line(done)
+
+
+def test_chat_does_without_standard_input() -> None:
+    line = [sys.executable, "-m", "server", "chat", "--url", "127.0.0.1:9/v1", "hello"]
+    done = subprocess.run(
+        ["sh", "-c", 'exec "$@" <&-', "sh", *line], cwd=REPO, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 1
+    assert one_line(done).startswith("hybrid: http://127.0.0.1:9: ")
 
 
 def test_chat_without_a_server_says_so() -> None:

@@ -66,6 +66,18 @@ def roles(directory: Path) -> Template:
     return load(directory, ROLES)
 
 
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("{% for m in messages if m.role in ('system', 'user') %}{{ m.role }}:{{ m.content }};{% endfor %}", "system"),
+        ("{% for m in messages %}{{ m.role }}:{{ m.content }};{% endfor %}", "developer"),
+    ],
+)
+def test_a_developer_message_is_never_left_out(directory: Path, source: str, expected: str) -> None:
+    text = load(directory, source).render_text(Chat((Message("developer", "Be brief."), ASK)))
+    assert text == f"{expected}:Be brief.;user:Hi;"
+
+
 def tool_turn(arguments: Any) -> Message:
     return Message("assistant", None, "hm", (ToolCall("functions.f:0", "f", arguments),))
 

@@ -7,6 +7,7 @@ from typing import Any
 import openai
 import pytest
 
+from server import openai_completions
 from tests.reference.fake_server import FakeServer
 
 TOOL: Any = {
@@ -238,6 +239,21 @@ def test_completions_echo_and_score(server: FakeServer) -> None:
     ):
         assert top is not None and top[token] == logprob and len(top) == 3
     assert got.usage is not None and (got.usage.prompt_tokens, got.usage.completion_tokens) == (6, 0)
+
+
+def test_a_long_scored_prompt_leaves_the_event_loop_alone(server: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    on_loop: list[bool] = []
+    score = openai_completions._Logprobs.add
+
+    def spy(self: Any, *args: Any) -> None:
+        on_loop.append(asyncio._get_running_loop() is not None)
+        score(self, *args)
+
+    monkeypatch.setattr(openai_completions._Logprobs, "add", spy)
+    body = {"prompt": [7, 8, 9], "echo": True, "logprobs": 20, "max_tokens": 0}
+    assert server.ask("POST", "/v1/completions", body).status == 200
+    assert frames(server, "/v1/completions", body)
+    assert on_loop == [False] * 6
 
 
 def test_completions_echo_and_go_on(server: FakeServer) -> None:
