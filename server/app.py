@@ -100,6 +100,11 @@ def create_app(settings: ServerSettings, build: str = BUILD_ENGINE) -> web.Appli
     """The application; the engine starts with it. Raises ValueError for a model directory that cannot be served."""
     config = ModelConfig.from_directory(settings.model)
     tokenizer = load_tokenizer(settings.model)
+    if tokenizer.n_vocab > config.vocab_size:
+        raise ValueError(
+            f"{settings.model}: the tokenizer has ids up to {tokenizer.n_vocab - 1} and config.json says vocab_size "
+            f"{config.vocab_size}: they do not belong together, copy both from one checkpoint"
+        )
     bridge = EngineBridge(settings, build, LoadLog())
     metrics = Metrics(bridge, settings.name)
     service = Service(

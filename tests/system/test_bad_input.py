@@ -253,6 +253,11 @@ def no_tokenizer(directory: Path) -> list[str]:
     return ["tiktoken.model"]
 
 
+def tokenizer_of_a_larger_vocabulary(directory: Path) -> list[str]:
+    edit_config(directory, vocab_size=500)
+    return ["tokenizer", "511", "vocab_size 500"]
+
+
 BREAKS: list[Callable[[Path], list[str]]] = [
     missing_shard,
     truncated_shard,
@@ -267,6 +272,7 @@ BREAKS: list[Callable[[Path], list[str]]] = [
     config_is_not_json,
     no_config,
     no_tokenizer,
+    tokenizer_of_a_larger_vocabulary,
 ]
 
 
