@@ -20,6 +20,12 @@ TopkMethod = Literal["noaux_tc", "greedy", "group_limited_greedy"]
 ScoringFunc = Literal["sigmoid", "softmax"]
 
 MODEL_TYPES: tuple[ModelType, ...] = ("kimi_k25", "kimi_k2", "deepseek_v3", "deepseek_v2")
+
+# What exists at once in a step. The engine computes in these sizes and the ledger of bytes counts with them.
+KEY_BLOCK = 2048  # keys expanded: 134 MB of float32 keys and values at 64 heads of 128 + 128
+QUERY_BLOCK = 128  # queries scored: 67 MB of float32 scores at 64 heads
+LOGIT_ROWS = 256  # positions with logits: 168 MB of float32 at 163,840 words
+
 KIMI_STOP_NAMES = ("[EOS]", "<|im_end|>")
 KIMI_STOP_IDS = frozenset((163585, 163586))  # the same two in the published vocabulary
 YARN_KEYS = frozenset(
@@ -214,12 +220,6 @@ class ModelConfig:
                 shapes[f"{base}mlp.gate.e_score_correction_bias"] = (self.n_routed_experts,)
             shapes |= _mlp_shapes(f"{base}mlp.shared_experts.", d, self.n_shared_experts * self.moe_intermediate_size)
         return shapes
-
-    def non_expert_bytes(self, itemsize: int) -> int:
-        """Bytes on the device of everything but routed experts and cache; the router stays float32."""
-        return sum(
-            math.prod(shape) * (4 if is_router(name) else itemsize) for name, shape in self.tensor_shapes().items()
-        )
 
     def _attention_shapes(self) -> dict[str, tuple[int, ...]]:
         d, heads, latent = self.hidden_size, self.num_attention_heads, self.kv_lora_rank

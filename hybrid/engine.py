@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from hybrid.batch import Batch, Row, RowOutput, StepOutput, TokenLogprob
-from hybrid.config import ConfigError, EngineConfig, ModelConfig
+from hybrid.config import LOGIT_ROWS, ConfigError, EngineConfig, ModelConfig
 from hybrid.inputs import check_rows, row_starts, upload
 from hybrid.kv import allocate
 from hybrid.model import build_model
@@ -22,7 +22,6 @@ from offload.checkpoint import Checkpoint
 from offload.experts import Experts
 from offload.store import open_store
 
-LOGIT_ROWS = 256  # positions whose logits exist at once: 168 MB of float32 at 163,840 words
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 Progress = Callable[[str, int, int], None]

@@ -16,14 +16,12 @@ from typing import Literal
 import torch
 from torch.nn.functional import linear
 
-from hybrid.config import ModelConfig
+from hybrid.config import KEY_BLOCK, QUERY_BLOCK, ModelConfig
 from hybrid.inputs import Group, StepInputs
 from hybrid.kv import LatentCache
 from hybrid.layers import rms_norm
 from hybrid.rope import Rope
 
-KEY_BLOCK = 2048  # keys expanded at once: 134 MB of float32 keys and values at 64 heads of 128 + 128
-QUERY_BLOCK = 128  # queries scored at once: 67 MB of float32 scores at 64 heads
 # The published modelling code builds these two norms without passing rms_norm_eps, so they run with its default, also
 # where the config says 1e-5 (K2.5, Moonlight). transformers 5.23 does the same; parity is measured against it.
 LATENT_NORM_EPS = 1e-6

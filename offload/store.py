@@ -36,7 +36,6 @@ class ExpertStore:
         layers: Sequence[int],
         addresses: npt.NDArray[np.int64],
         owners: Sequence[memoryview],
-        mapped: bool,
         resident: bool,
         notices: Sequence[str],
     ) -> None:
@@ -45,7 +44,6 @@ class ExpertStore:
         self.layers = tuple(layers)
         self.n_bytes = len(self.layers) * geometry.n_experts * geometry.expert_bytes(fmt)
         self.addresses = addresses  # (n_layers, E, 3, 2): gate/up/down; 0 data, 1 scales (0 where the format has none)
-        self.mapped = mapped  # True: the bytes are the shard files' own pages
         self.resident = resident  # False: larger than RAM, so parts of it come from the disk when they are used
         self.notices = tuple(notices)  # lines for the user: weight error, what was not read ahead
         self._owners = list(owners)
@@ -95,10 +93,10 @@ def open_store(
         owners = [checkpoint.buffer(path) for path in sorted({matrix.data.path for matrix in matrices})]
         owners += [checkpoint.buffer(path) for path in sorted({m.scales.path for m in matrices if m.scales})]
         addresses = np.array(table, np.int64).reshape(shape)
-        return ExpertStore(geometry, fmt, layers, addresses, owners, True, not notices, notices)
+        return ExpertStore(geometry, fmt, layers, addresses, owners, not notices, notices)
     made = requantise(matrices, source, fmt, len(layers), progress)
     notices = made.notices(layers, source, fmt)
-    return ExpertStore(geometry, fmt, layers, made.addresses.reshape(shape), [made.memory], False, True, notices)
+    return ExpertStore(geometry, fmt, layers, made.addresses.reshape(shape), [made.memory], True, notices)
 
 
 def _stored_format(source: Source, target: Target) -> ExpertFormat:

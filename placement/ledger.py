@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from hybrid.config import ModelConfig, is_router
+from hybrid.config import KEY_BLOCK, LOGIT_ROWS, QUERY_BLOCK, ModelConfig, is_router
 from offload.config import ExpertFormat
 from placement.facts import Facts
 
@@ -30,8 +30,6 @@ GROUPS = (
     ("lm_head", "output head"),
 )
 ITEM_BYTES: dict[Dtype, int] = {"float32": 4, "bfloat16": 2}
-KEY_BLOCK, QUERY_BLOCK = 2048, 128  # positions attended to at once
-LOGIT_ROWS = 256  # positions whose logits exist at once
 DEVICE_RESERVE = 0.05  # of the device's memory: its context, libraries, allocator gaps
 HOST_RESERVE = 512 * 2**20  # interpreter, torch, compiled kernels, the REST process
 CPU_KV_SHARE = 0.5  # of what is left beside weights and experts: the rest of the machine lives there too

@@ -53,7 +53,6 @@ def test_published_kimi_k25(kimi_dir: Path) -> None:
     assert config.expert_geometry.expert_bytes("int4") == 24_772_608
     assert config.kv_bytes_per_token(2) == 70_272
     # 595.15 GB less 570.76 GB of experts, 0.834 of vision tower and 0.109 of projector, plus 0.33 for a float32 router
-    assert config.non_expert_bytes(2) == pytest.approx(23.77e9, rel=1e-3)
     assert config.softmax_scale == pytest.approx(0.1446796, abs=1e-7)
 
 

@@ -111,7 +111,7 @@ def test_scaled_formats_are_used_in_place(tmp_path: Path, source: str, target: T
     data_name, scales_name = (
         (".weight_packed", ".weight_scale") if source == "int4" else (".weight", ".weight_scale_inv")
     )
-    assert found.mapped and found.resident and found.notices == ()
+    assert found.resident and found.notices == ()
     assert found.format == source and found.layers == LAYERS
     assert found.addresses.dtype == np.int64 and found.addresses.shape == (2, 3, 3, 2)
     checkpoint.close()  # the store keeps the mappings
@@ -132,7 +132,7 @@ def test_bf16_is_used_in_place(tmp_path: Path) -> None:
     tensors = expert_tensors("bf16")
     checkpoint = save(tensors, tmp_path)
     found = open_store(checkpoint, prefix, GEOMETRY, LAYERS, "native", silent)
-    assert found.mapped and found.format == "bf16"
+    assert found.resident and found.format == "bf16"
     assert found.n_bytes == sum(tensor.nbytes for tensor in tensors.values())
     for layer, expert, projection in every():
         name = f"{prefix(layer, expert, projection)}.weight"
@@ -152,7 +152,7 @@ def test_quantised_at_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sour
     tensors = expert_tensors(source)
     calls: list[tuple[str, int, int]] = []
     found = open_store(save(tensors, tmp_path), prefix, GEOMETRY, LAYERS, target, lambda *call: calls.append(call))
-    assert not found.mapped and found.format == target
+    assert found.resident and found.format == target
     assert found.n_bytes == 2 * 3 * GEOMETRY.expert_bytes(target)
     assert found.addresses[0, 0, 0, 0] % (2 << 20) == 0 and not (found.addresses % 64).any()
     squares = {layer: np.zeros(2) for layer in LAYERS}
@@ -184,7 +184,7 @@ def test_quantised_at_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sour
 def test_wide_floats_become_bf16(tmp_path: Path, source: str) -> None:
     tensors = expert_tensors(source)
     found = open_store(save(tensors, tmp_path), prefix, GEOMETRY, LAYERS, "native", silent)
-    assert found.format == "bf16" and not found.mapped
+    assert found.format == "bf16" and found.resident
     assert f"from {source} to bf16" in found.notices[0]
     for layer, expert, projection in every():
         weights = exact(tensors, prefix(layer, expert, projection))
@@ -209,7 +209,7 @@ def test_no_reading_ahead_beyond_memory(tmp_path: Path, monkeypatch: pytest.Monk
     )
     assert calls == []
     assert len(found.notices) == 1 and "not read ahead" in found.notices[0]
-    assert found.mapped and not found.resident
+    assert not found.resident
 
 
 @pytest.mark.parametrize(
@@ -304,7 +304,7 @@ def test_groups_must_divide(tmp_path: Path, geometry: ExpertGeometry, dimension:
     checkpoint = save(expert_tensors("bf16", (0,), geometry), tmp_path)
     with pytest.raises(CheckpointError, match=f"{dimension} is not a multiple of 32.*--expert-format native"):
         open_store(checkpoint, prefix, geometry, (0,), "int8", silent)
-    assert open_store(checkpoint, prefix, geometry, (0,), "native", silent).mapped
+    assert open_store(checkpoint, prefix, geometry, (0,), "native", silent).format == "bf16"
 
 
 def test_a_failing_progress_stops_the_conversion(tmp_path: Path) -> None:

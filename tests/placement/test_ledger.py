@@ -80,7 +80,8 @@ def test_k25_against_its_model_card() -> None:
     per_layer = 7168 * 1536 + 1536 * 64 * 192 + 7168 * 576 + 512 * 64 * 256 + 64 * 128 * 7168
     norms_inside_attention = 1536 + 512
     assert groups["attention"] + groups["norms"] == 2 * (61 * (per_layer + norms_inside_attention + 2 * 7168) + 7168)
-    assert sum(groups.values()) == K25.non_expert_bytes(2)
+    # 595.15 GB less 570.76 GB of experts, 0.834 of vision tower and 0.109 of projector, plus 0.33 for a float32 router
+    assert sum(groups.values()) == pytest.approx(23.77e9, rel=1e-3)
 
 
 def test_weights_equal_the_tensors_of_a_checkpoint(tmp_path: Path) -> None:
