@@ -241,6 +241,7 @@ class EngineConfig:
     """What one engine loads and how it computes. `n_pages` pages of `page_size` tokens hold the latent cache.
 
     `mla` "auto" takes the cheaper of the two attention paths for each row; the others force one, for tests.
+    `experts` is who runs the routed experts: our kernels, kt-kernel, or the faster of the two after a trial.
     """
 
     model: Path
@@ -251,6 +252,7 @@ class EngineConfig:
     n_pages: int
     page_size: int = 16
     mla: Literal["auto", "naive", "absorbed"] = "auto"
+    experts: Literal["numba", "kt", "auto"] = "numba"
 
 
 def is_router(name: str) -> bool:

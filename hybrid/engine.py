@@ -18,9 +18,12 @@ from hybrid.kv import allocate
 from hybrid.model import build_model
 from hybrid.sampler import sample_rows, score
 from hybrid.weights import load_weights
+from offload.backends import choose
 from offload.checkpoint import Checkpoint
 from offload.experts import Experts
+from offload.kt import KtExperts, Published
 from offload.store import open_store
+from offload.topology import find_topology
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -54,17 +57,7 @@ class Engine:
         self._checkpoint = Checkpoint(config.model)
         # Weights first: they are the smaller part, and tell soonest that checkpoint and config.json do not fit.
         tensors = load_weights(self._checkpoint, self.model, self._device, dtype, progress, notice)
-        self._store = open_store(
-            self._checkpoint,
-            self.model.expert_name,
-            self.model.expert_geometry,
-            self.model.moe_layers,
-            config.expert_format,
-            progress,
-        )
-        for line in self._store.notices:
-            notice(line)
-        self._experts = Experts(self._store, config.pool)
+        self._experts = self._open_experts(progress, notice)
         self._transformer = build_model(self.model, tensors, self._experts, config.mla)
         self._cache = allocate(self.model, config.n_pages, config.page_size, dtype, self._device)
 
@@ -86,10 +79,34 @@ class Engine:
         )
 
     def close(self) -> None:
-        """Stop the expert workers and unmap the checkpoint."""
+        """Stop the expert workers and let go of their memory."""
         self._experts.close()
-        self._store.close()
         self._checkpoint.close()
+
+    def _open_experts(self, progress: Progress, notice: Notice) -> Experts | KtExperts:
+        """The routed experts, run by our kernels or by kt-kernel."""
+        config, model = self._config, self.model
+        topology = find_topology(config.pool.threads)
+        published = Published(
+            self._checkpoint, model.expert_name, model.expert_geometry, model.moe_layers, model.num_experts_per_tok
+        )
+        backend, line = choose(config.experts, published, config.expert_format, config.pool, topology)
+        if line:
+            notice(line)
+        if backend == "kt":
+            return KtExperts(published, topology, progress)
+        store = open_store(
+            self._checkpoint,
+            model.expert_name,
+            model.expert_geometry,
+            model.moe_layers,
+            config.expert_format,
+            progress,
+            nodes=topology.nodes,
+        )
+        for line in store.notices:
+            notice(line)
+        return Experts(store, config.pool, topology)
 
     def _answer(self, rows: Sequence[Row], hidden: torch.Tensor) -> tuple[RowOutput, ...]:
         starts = row_starts(rows)

@@ -2,6 +2,16 @@
 
 Letters: E experts of a layer, D hidden size, F inner size of one expert. The caller (hybrid) fills these in
 from the model's config.json; nothing here knows tensor names or models.
+
+The packed layout. Kernels read experts as tiles: 16 output rows side by side, so that a vector holds one dword of
+each row and no sum crosses its lanes. A tile is a run of blocks, a block is lines of 64 bytes:
+
+    line j          dword j of each of the 16 rows, as published (8 int4, 4 int8 or fp8, 2 bf16 inputs)
+    last line       int4, int8: bf16 scales of the 16 rows for inputs 0..31, then for 32..63; fp8: 16 float32
+
+Four tiles, one after another, make a unit, the piece of work that a worker takes. A unit of `gate_up` is two tiles of
+gate and the two of up that meet them (32 inner rows); a unit of `down` is 64 output rows. An expert is its gate_up
+units and then its down units, first those of the first memory node. Missing rows and inputs are filled up with zeros.
 """
 
 from dataclasses import dataclass
@@ -9,12 +19,39 @@ from typing import Literal
 
 ExpertFormat = Literal["int4", "int8", "bf16", "fp8"]
 Precision = Literal["a8", "a16"]
-Isa = Literal["avx512vnni", "avx2", "portable"]
+Isa = Literal["amx", "avx512vnni", "avx512", "avxvnni", "avx2", "portable"]
 Projection = Literal["gate", "up", "down"]
+Matrix = Literal["gate_up", "down"]
 
 PROJECTIONS: tuple[Projection, ...] = ("gate", "up", "down")
+MATRICES: tuple[Matrix, ...] = ("gate_up", "down")
 GROUP = 32  # in-features that share one scale, int4 and int8
 FP8_BLOCK = 128  # rows and columns that share one scale, fp8
+LINE = 64  # bytes of a cache line, and of one vector of 16 rows
+TILE_ROWS = 16
+UNIT_TILES = 4
+UNIT_ROWS: dict[Matrix, int] = {"gate_up": 32, "down": 64}  # inner rows and output rows of one unit
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """A tile's rows over some inputs."""
+
+    inputs: int
+    lines: int  # of weights
+    scale_lines: int
+
+    @property
+    def bytes(self) -> int:
+        return (self.lines + self.scale_lines) * LINE
+
+
+BLOCKS: dict[ExpertFormat, Block] = {
+    "int4": Block(64, 8, 1),
+    "int8": Block(64, 16, 1),
+    "bf16": Block(32, 16, 0),
+    "fp8": Block(128, 32, 1),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,9 +66,30 @@ class ExpertGeometry:
         """(out, in) features of one matrix: gate and up are (F, D), down is (D, F)."""
         return (self.hidden, self.inner) if projection == "down" else (self.inner, self.hidden)
 
+    def n_units(self, matrix: Matrix) -> int:
+        rows = self.inner if matrix == "gate_up" else self.hidden
+        return -(-rows // UNIT_ROWS[matrix])
+
+    def n_blocks(self, matrix: Matrix, fmt: ExpertFormat) -> int:
+        """Blocks of one tile."""
+        inputs = self.hidden if matrix == "gate_up" else self.inner
+        return -(-inputs // BLOCKS[fmt].inputs)
+
+    def unit_bytes(self, matrix: Matrix, fmt: ExpertFormat) -> int:
+        return UNIT_TILES * self.n_blocks(matrix, fmt) * BLOCKS[fmt].bytes
+
+    def units_of(self, matrix: Matrix, node: int, n_nodes: int) -> range:
+        """The units that one of the memory nodes holds."""
+        units = self.n_units(matrix)
+        return range(units * node // n_nodes, units * (node + 1) // n_nodes)
+
+    def node_bytes(self, node: int, n_nodes: int, fmt: ExpertFormat) -> int:
+        """Bytes of one node's share of an expert."""
+        return sum(len(self.units_of(m, node, n_nodes)) * self.unit_bytes(m, fmt) for m in MATRICES)
+
     def expert_bytes(self, fmt: ExpertFormat) -> int:
-        """Bytes of one expert, weights and scales, in `fmt`."""
-        return sum(matrix_bytes(*self.shape(p), fmt) for p in PROJECTIONS)
+        """Bytes of one packed expert: weights, scales and padding (none where D and F are multiples of 64)."""
+        return self.node_bytes(0, 1, fmt)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,13 +103,3 @@ class PoolConfig:
     threads: int | None = None
     precision: Precision = "a8"
     isa: Isa | None = None
-
-
-def matrix_bytes(n_out: int, n_in: int, fmt: ExpertFormat) -> int:
-    """Bytes of one (n_out, n_in) matrix with its scales: bf16 per 32 inputs, or float32 per 128x128 block for fp8."""
-    if fmt == "bf16":
-        return 2 * n_out * n_in
-    if fmt == "fp8":
-        return n_out * n_in + 4 * -(-n_out // FP8_BLOCK) * -(-n_in // FP8_BLOCK)
-    weights = n_out * n_in // 2 if fmt == "int4" else n_out * n_in
-    return weights + 2 * n_out * (n_in // GROUP)

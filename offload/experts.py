@@ -15,15 +15,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from offload.config import PROJECTIONS, PoolConfig, matrix_bytes
+from offload.config import BLOCKS, GROUP, LINE, MATRICES, Matrix, PoolConfig
 from offload.isa import choose
-from offload.kernels.layer import ACTIVE_COLUMNS, JOB, SCRATCH_BYTES, describe
-from offload.kernels.table import kernels
+from offload.kernels import amx
+from offload.kernels.layer import ACTIVE_COLUMNS, JOB, SCRATCH_BYTES
+from offload.kernels.table import ManyTokens, kernels
 from offload.pool import WorkerPool
 from offload.prefetch import read_ahead
 from offload.store import ExpertStore
-
-LINE = 64  # bytes; buffers start at a cache line
+from offload.topology import Topology
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,10 +99,11 @@ class Pending:
 class Experts:
     """All layers' experts and the workers that run them. Used by one thread."""
 
-    def __init__(self, store: ExpertStore, config: PoolConfig) -> None:
+    def __init__(self, store: ExpertStore, config: PoolConfig, topology: Topology) -> None:
         """Compiles or loads the kernels that this store and precision need, then starts the workers.
 
-        Raises ValueError when `config.isa` cannot run here or `config.threads` is below 1.
+        The store must be split over the topology's nodes; it is closed with these experts. Raises ValueError when
+        `config.isa` cannot run here.
         """
         self._store = store
         self.isa = choose(config.isa)
@@ -113,10 +114,11 @@ class Experts:
         self._stats = ExpertStats()
         self._hints: dict[int, frozenset[int]] = {}
         self._pending: Pending | None = None
-        self._alive: tuple[object, ...] = ()  # what the running job points to
         self._x_records, self._h_records, self._scratch = Buffer(), Buffer(), Buffer()
+        self._x_rows, self._h_rows, self._panels = Buffer(), Buffer(), Buffer()  # for experts with many tokens
         self._host: dict[str, torch.Tensor] = {}  # pinned staging, by role
-        self._pool = WorkerPool(config.threads)
+        self._pool = WorkerPool(topology.places)
+        self._nodes = np.array([place.node for place in topology.places], np.int64)
         self._job = self._new_job()
 
     @property
@@ -144,8 +146,9 @@ class Experts:
         result = self._staged("result", x, x.shape, torch.float32)
         pending = Pending(self, result, x)
         groups = Groups.of(chosen, shares, self._store.geometry.n_experts)
-        self._fill(index, values, groups, result)
-        self._pool.submit(self._kernels.layer, self._job.ctypes.data)
+        if not self._pool.broken:  # a stuck worker may still read the job before this one
+            self._fill(index, values, groups, result)
+        self._pool.submit(self._kernels.layer, self._job.ctypes.data, alive=(self, values, groups, result))
         self._pending = pending
         self._count(layer, ids.shape, groups)
         return pending
@@ -166,8 +169,10 @@ class Experts:
         return self._stats
 
     def close(self) -> None:
-        """Finish a running layer and end the workers. The store stays open: it is the caller's."""
+        """Finish a running layer, end the workers and close the store, unless a stuck worker may still read there."""
         self._pool.close()
+        if not self._pool.broken:
+            self._store.close()
 
     def _find(self, layer: int) -> int:
         if layer not in self._index:
@@ -213,18 +218,37 @@ class Experts:
 
     def _new_job(self) -> npt.NDArray[np.void]:
         """The job record with all that stays the same."""
-        job = np.zeros((), JOB)
-        geometry, layout = self._store.geometry, self._kernels.layout
-        job["gate"] = describe(self._store.format, *geometry.shape("gate"))
-        job["down"] = describe(self._store.format, *geometry.shape("down"))
-        job["x_record_bytes"] = layout.row_bytes(geometry.hidden)
-        job["h_record_bytes"] = layout.row_bytes(geometry.inner)
+        job, store = np.zeros((), JOB), self._store
+        inputs: dict[Matrix, int] = {"gate_up": store.geometry.hidden, "down": store.geometry.inner}
+        for matrix, n_in in inputs.items():
+            units = [store.geometry.units_of(matrix, node, store.n_nodes) for node in range(store.n_nodes)]
+            job[matrix]["n_in"] = n_in
+            job[matrix]["n_blocks"] = store.geometry.n_blocks(matrix, store.format)
+            job[matrix]["unit_bytes"] = store.geometry.unit_bytes(matrix, store.format)
+            job[matrix]["units"][: len(units) + 1] = [0, *(part.stop for part in units)]
+            job[matrix]["record_bytes"] = self._kernels.layout.row_bytes(n_in, store.format)
+        job["n_nodes"], job["worker_nodes"] = store.n_nodes, self._nodes.ctypes.data
         job["scratch"] = self._scratch.address(self._pool.n_workers * SCRATCH_BYTES)
-        for name in ("parts", "element", "vector", "offset", "limit"):
-            job[name] = getattr(layout, name)
-        job["encode"] = self._kernels.encode
+        job["group_bytes"] = self._kernels.layout.group_bytes
+        job["encode_inputs"], job["encode_swiglu"] = self._kernels.encode_inputs, self._kernels.encode_swiglu
         job["products"] = self._kernels.products
+        job["many"] = np.iinfo(np.int64).max
+        if self._kernels.many is not None:
+            self._describe_many(job, self._kernels.many)
         return job
+
+    def _describe_many(self, job: npt.NDArray[np.void], many: ManyTokens) -> None:
+        """What the job needs for experts with many tokens."""
+        geometry = self._store.geometry
+        job["many"] = amx.MANY_TOKENS
+        for matrix in MATRICES:
+            job[matrix]["steps"] = job[matrix]["n_blocks"] * BLOCKS[many.fmt].inputs // GROUP
+        job["x_row_bytes"] = amx.row_bytes(geometry.hidden, many.fmt)
+        job["h_row_bytes"] = amx.row_bytes(geometry.inner, many.fmt)
+        job["panel_bytes"] = amx.panel_bytes(max(geometry.hidden, geometry.inner), many.fmt)
+        job["panels"] = self._panels.address(self._pool.n_workers * int(job["panel_bytes"]))
+        job["bf16_inputs"], job["bf16_swiglu"] = many.inputs, many.swiglu
+        job["unpack"], job["multiply"] = many.unpack, many.multiply
 
     def _fill(self, index: int, x: torch.Tensor, groups: Groups, result: torch.Tensor) -> None:
         job = self._job
@@ -234,16 +258,17 @@ class Experts:
         job["weights"] = groups.weights.ctypes.data
         job["addresses"] = self._addresses[index].ctypes.data
         job["x"], job["y"] = x.data_ptr(), result.data_ptr()
-        job["x_records"] = self._x_records.address(len(x) * int(job["x_record_bytes"]))
-        job["h_records"] = self._h_records.address(len(groups.tokens) * int(job["h_record_bytes"]))
-        self._alive = (x, groups, result)
+        job["x_records"] = self._x_records.address(len(x) * int(job["gate_up"]["record_bytes"]))
+        job["h_records"] = self._h_records.address(len(groups.tokens) * int(job["down"]["record_bytes"]))
+        if len(groups.active) and groups.active[:, 2].max() >= job["many"]:
+            job["x_rows"] = self._x_rows.address(len(groups.tokens) * int(job["x_row_bytes"]))
+            job["h_rows"] = self._h_rows.address(len(groups.tokens) * int(job["h_row_bytes"]))
 
     def _finish(self, pending: Pending, started: float) -> None:
         if self._pending is not pending:
             raise RuntimeError("this layer was waited for already")
         self._pending = None
         self._pool.wait()
-        self._alive = ()
         self._stats = replace(self._stats, seconds=self._stats.seconds + time.perf_counter() - started)
 
     def _count(self, layer: int, shape: torch.Size, groups: Groups) -> None:
@@ -264,10 +289,10 @@ class Experts:
 
     def _ranges(self, index: int, experts: frozenset[int]) -> list[tuple[int, int]]:
         """Addresses and sizes of the experts' weights."""
-        fmt, geometry = self._store.format, self._store.geometry
-        sizes = [matrix_bytes(*geometry.shape(projection), fmt) for projection in PROJECTIONS]
+        fmt, geometry, n_nodes = self._store.format, self._store.geometry, self._store.n_nodes
+        sizes = [geometry.node_bytes(node, n_nodes, fmt) for node in range(n_nodes)]
         return [
-            (int(self._addresses[index, expert, i, 0]), size)
+            (int(self._addresses[index, expert, node, 0]), size)
             for expert in sorted(experts)
-            for i, size in enumerate(sizes)
+            for node, size in enumerate(sizes)
         ]

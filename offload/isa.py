@@ -5,6 +5,7 @@ illegal instruction. Knows nothing about kernels, formats or threads. Called by 
 placement's hardware probe.
 """
 
+import ctypes
 import platform
 from pathlib import Path
 from typing import get_args
@@ -15,10 +16,15 @@ from offload.config import Isa
 # both for CPUID and for the operating system.
 CPUINFO = Path("/proc/cpuinfo")
 
-# Best first. The avx512vnni kernels use dword and word operations (f, bw) and the int8 dot product (vnni).
+AVX2 = frozenset({"avx2", "fma"})
+AVX512 = AVX2 | {"avx512f", "avx512bw", "avx512vl"}  # dword and word operations
+# Best first, except that amx must be asked for: its speed is not measured yet on a machine that has it.
 REQUIRED: dict[Isa, frozenset[str]] = {
-    "avx512vnni": frozenset({"avx512f", "avx512bw", "avx512vl", "avx512_vnni", "avx2", "fma"}),
-    "avx2": frozenset({"avx2", "fma"}),
+    "amx": AVX512 | {"avx512_vnni", "amx_tile", "amx_bf16"},
+    "avx512vnni": AVX512 | {"avx512_vnni"},
+    "avx512": AVX512,
+    "avxvnni": AVX2 | {"avx_vnni"},
+    "avx2": AVX2,
     "portable": frozenset(),
 }
 
@@ -45,10 +51,18 @@ def choose(requested: Isa | None = None, flags: frozenset[str] | None = None) ->
     have = cpu_flags() if flags is None else flags
     tiers = available(have)
     if requested is None:
-        return tiers[0]
+        return next(tier for tier in tiers if tier != "amx")
     if requested not in REQUIRED:
         raise ValueError(f"isa: {requested!r} is not a kernel tier, choose one of {', '.join(get_args(Isa))}")
     if requested not in tiers:
         missing = ", ".join(sorted(REQUIRED[requested] - have))
         raise ValueError(f"isa: {requested} cannot run on this machine (no {missing}), choose {' or '.join(tiers)}")
+    if requested == "amx" and not permit_amx():
+        raise ValueError(f"isa: the operating system does not permit amx, choose {' or '.join(tiers[1:])}")
     return requested
+
+
+def permit_amx() -> bool:
+    """Ask Linux (5.16 and later) for the tile registers, for all threads of this process."""
+    system_call, ask_for_feature, tile_data = 158, 0x1023, 18  # arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA)
+    return int(ctypes.CDLL(None).syscall(system_call, ask_for_feature, tile_data)) == 0

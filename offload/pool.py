@@ -3,108 +3,151 @@
 A job is the address of a C function (pool, argument, worker) -> status; what it does is the caller's business
 (kernels.layer for the experts). Workers run without the interpreter lock; the thread that submits is free until it
 waits. Used by experts.py, and by placement to measure rates.
+
+A worker that is stuck (a dead disk under a mapping, a fault in a job) is an error and not a hang: whoever waits looks
+now and then whether any task was taken, and gives the job up when none was for `stuck_seconds`. A job that is only
+slow never trips it. The pool is broken from then on, and the stuck thread keeps what its job reads alive.
 """
 
+import contextlib
 import os
 import platform
 import threading
-from pathlib import Path
+import time
+from collections.abc import Sequence
 
 import numpy as np
 
 from offload.kernels import sync
+from offload.topology import Place
 
-CPUS = Path("/sys/devices/system/cpu")
-THREAD_GONE = -1  # status when a worker's thread ended with an exception
+THREAD_GONE, GIVEN_UP = -1, -2  # statuses: a worker's thread ended with an exception, or nothing moved any more
+STUCK_SECONDS = 30.0
+LONGEST_SLEEP = 1.0  # seconds without a look, and so until ctrl-C is noticed
 
 
 class PoolError(RuntimeError):
     """A job failed in a worker, or the pool cannot take one."""
 
 
-def physical_cores(allowed: set[int], cpus: Path = CPUS) -> tuple[int, ...]:
-    """The first allowed CPU of each physical core; every CPU counts as a core where the system does not say."""
-    taken: set[int] = set()
-    first = []
-    for cpu in sorted(allowed):
-        if cpu not in taken:
-            first.append(cpu)
-            taken |= _siblings(cpus / f"cpu{cpu}" / "topology" / "thread_siblings_list") | {cpu}
-    return tuple(first)
-
-
-def _siblings(path: Path) -> set[int]:
-    """CPU numbers of a list such as `0,64` or `0-1`."""
-    if not path.is_file():
-        return set()
-    ranges = [part.split("-") for part in path.read_text().strip().split(",") if part]
-    return {cpu for bounds in ranges for cpu in range(int(bounds[0]), int(bounds[-1]) + 1)}
-
-
-def allowed_cpus() -> set[int]:
-    """CPUs that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return os.sched_getaffinity(0)
-    return set(range(os.cpu_count() or 1))
-
-
 class WorkerPool:
     """Persistent workers. One job at a time: submit, then wait."""
 
-    def __init__(self, threads: int | None = None):
-        """`threads` None: one for each physical core this process may use. Raises ValueError when below 1."""
-        cores = physical_cores(allowed_cpus())
-        self.n_workers = len(cores) if threads is None else threads
-        if self.n_workers < 1:
-            raise ValueError(f"threads: {threads} workers cannot run anything, give 1 or more, or leave it out")
-        # Without a core of its own a worker may share one with another worker for whole scheduler ticks (8 ms
-        # measured against 1 us). With more workers than cores the scheduler has to move them about: no pinning then.
-        pins = cores if 1 < self.n_workers <= len(cores) else ()
+    def __init__(self, places: Sequence[Place], stuck_seconds: float = STUCK_SECONDS):
+        """One worker for each place (topology.py)."""
+        assert places, "a pool needs a worker"
+        assert all(0 <= place.node < sync.MAX_NODES for place in places), places
+        self._places = tuple(places)
+        self._stuck_seconds = stuck_seconds
+        self._sleep = min(LONGEST_SLEEP, stuck_seconds / 4)
         sync.warm()
-        self._memory = np.zeros(sync.POOL_WORDS + sync.LINE // 8, np.int64)
-        self._address = -(-self._memory.ctypes.data // sync.LINE) * sync.LINE
-        self._control(sync.N_WORKERS, self.n_workers)
-        self._control(sync.FUTEX, sync.FUTEX_NUMBERS.get(platform.machine(), 0) if os.name == "posix" else 0)
+        n_bytes = sync.WORKERS + self.n_workers * sync.LINE
+        memory = np.zeros(n_bytes + sync.LINE, np.uint8)
+        start = -memory.ctypes.data % sync.LINE
+        self._lines = memory[start : start + n_bytes].view(np.int64).reshape(-1, sync.LINE // 8)
+        self._address = self._lines.ctypes.data
+        self._write(sync.N_WORKERS, self.n_workers)
+        self._write(sync.N_NODES, 1 + max(place.node for place in places))
+        self._write(sync.FUTEX, sync.FUTEX_NUMBERS.get(platform.machine(), 0) if os.name == "posix" else 0)
+        self._write(sync.PATIENCE, int(self._sleep), int(self._sleep % 1 * 1e9))
         self._busy = False
         self._closed = False
-        self._error: BaseException | None = None
+        self._broken = ""  # why the pool takes no more jobs
+        self._cause: BaseException | None = None
+        self._stuck: tuple[int, ...] = ()
+        self._argument = 0  # of the last job, and what it reads
+        self._alive: object = None
         self._threads = [
-            threading.Thread(target=self._run, args=(i, pins[i] if pins else None), name=f"expert-{i}", daemon=True)
-            for i in range(self.n_workers)
+            threading.Thread(target=self._run, args=(i, place.cpu), name=f"expert-{i}", daemon=True)
+            for i, place in enumerate(places)
         ]
         for thread in self._threads:
             thread.start()
 
-    def submit(self, function: int, argument: int) -> None:
-        """Start the C function at address `function` on every worker. Returns at once."""
-        if self._closed or self._error is not None:
-            raise PoolError("the worker pool is closed" if self._closed else f"a worker ended with {self._error!r}")
+    @property
+    def n_workers(self) -> int:
+        return len(self._places)
+
+    @property
+    def broken(self) -> bool:
+        """True when workers may still be in a job that was given up: what it reads must not be unmapped."""
+        return self._broken != ""
+
+    def submit(self, function: int, argument: int, alive: object = None) -> None:
+        """Start the C function at address `function` on every worker. Returns at once.
+
+        `alive` is kept until no worker can read it any more, whatever becomes of the job.
+        """
+        if self._closed:
+            raise PoolError("the worker pool is closed")
+        if self._broken:
+            raise PoolError(f"the worker pool is broken: {self._broken}") from self._cause
         if self._busy:
             raise PoolError("a job is running: wait for it before the next submit")
         self._busy = True
+        self._argument, self._alive = argument, alive
         sync.dispatch(self._address, function, argument)
 
     def wait(self) -> None:
         """Block, without the interpreter lock, until the job is done. Raises PoolError when a worker failed."""
         if not self._busy:
             raise PoolError("no job is running: submit one first")
-        status = sync.join(self._address)
+        self._join()
         self._busy = False
-        if self._error is not None:
-            raise PoolError(f"a worker ended with {self._error!r}") from self._error
+        if self._broken:
+            raise PoolError(self._broken) from self._cause
+        self._alive = None
+        status = self._read(sync.STATUS)
         if status != 0:
             raise PoolError(f"a worker failed with status {status}")
 
     def close(self) -> None:
-        """End the threads. A running job is finished first; a second call does nothing."""
+        """End the threads, all but stuck ones. A running job is finished first; a second call does nothing."""
         if self._closed:
             return
         if self._busy:
-            sync.join(self._address)
+            with contextlib.suppress(PoolError):
+                self.wait()
         self._closed = True
-        sync.dispatch(self._address, 0, 0)
-        for thread in self._threads:
-            thread.join()
+        # With the last job's argument: a worker may be about to start that job while another one's thread is gone.
+        sync.dispatch(self._address, 0, self._argument)
+        for worker, thread in enumerate(self._threads):
+            if worker not in self._stuck:
+                thread.join()
+
+    def _join(self) -> None:
+        """Sleep until the job is done, and look after each sleep whether anybody moved."""
+        looked, moved, idle = time.monotonic(), -1, 0.0
+        while not sync.join(self._address):
+            now, before = time.monotonic(), moved
+            moved = self._progress()
+            # A process that was stopped for an hour finds that the clock has leapt: a sleep counts as one at most.
+            idle = idle + min(now - looked, self._sleep) if moved == before else 0.0
+            looked = now
+            if idle >= self._stuck_seconds:
+                self._give_up()
+                return
+
+    def _progress(self) -> int:
+        """Grows whenever a worker takes a task, comes to a barrier or ends the job."""
+        return int(self._lines[sync.DONE // sync.LINE : sync.WORKERS // sync.LINE, 0].sum())
+
+    def _unfinished(self) -> tuple[int, ...]:
+        """Workers that are still in the job."""
+        finished = self._lines[sync.WORKERS // sync.LINE :, 0]
+        return tuple(np.flatnonzero(finished != self._read(sync.GENERATION)).tolist())
+
+    def _give_up(self) -> None:
+        """Let everybody leave who can, name who cannot, and take no more jobs."""
+        self._broken = f"the expert workers did nothing for {self._stuck_seconds:g} s"
+        sync.release(self._address, GIVEN_UP)
+        deadline = time.monotonic() + self._sleep
+        while self._unfinished() and time.monotonic() < deadline:
+            time.sleep(0.001)
+        self._stuck = self._unfinished()
+        places = [(worker, self._places[worker].cpu) for worker in self._stuck]
+        names = ", ".join(f"{i}" if cpu is None else f"{i} (CPU {cpu})" for i, cpu in places)
+        self._broken += f": worker {names} has not finished" if names else ", waiting for each other"
 
     def _run(self, worker: int, cpu: int | None) -> None:
         try:
@@ -113,8 +156,12 @@ class WorkerPool:
             sync.serve(self._address, worker)
         except BaseException as error:  # noqa: BLE001 whatever ended the thread, the submitter must hear of it
             # wait() raises it; nobody may hang on a worker that is gone.
-            self._error = error
+            self._cause, self._broken = error, f"a worker ended with {error!r}"
             sync.release(self._address, THREAD_GONE)
 
-    def _control(self, offset: int, value: int) -> None:
-        self._memory[(self._address - self._memory.ctypes.data + offset) // 8] = value
+    def _read(self, offset: int) -> int:
+        return int(self._lines[offset // sync.LINE, offset % sync.LINE // 8])
+
+    def _write(self, offset: int, *values: int) -> None:
+        first = offset % sync.LINE // 8
+        self._lines[offset // sync.LINE, first : first + len(values)] = values

@@ -51,6 +51,7 @@ class Wishes:
     max_batch_tokens: int
     kv_bytes: int | None = None
     page_size: int = 16  # tokens
+    packed: bool = False  # a packed file of the experts in this format lies beside the shards
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,14 +142,14 @@ def human(n_bytes: float) -> str:
 
 
 def _fit(model: ModelConfig, facts: Facts, wishes: Wishes) -> Placement:
-    mapped = _mapped(model, wishes)
+    mapped = wishes.packed
     weights = weight_bytes(model, ITEM_BYTES[wishes.dtype])
     workspace = workspace_bytes(model, wishes)
     experts = expert_bytes(model, _expert_format(model, wishes))
     reserve = HOST_RESERVE if facts.device == "cpu" else int(DEVICE_RESERVE * facts.device_total)
     spare = facts.device_free - reserve - workspace - sum(weights.values())
     if not mapped:
-        _check_copy(facts, experts)
+        _check_experts(facts, experts)
         spare -= experts if facts.device == "cpu" else 0
     if spare < 0:
         needed = human(facts.device_free - spare)
@@ -174,16 +175,11 @@ def _expert_format(model: ModelConfig, wishes: Wishes) -> ExpertFormat:
     return model.expert_format if wishes.expert_target == "native" else wishes.expert_target
 
 
-def _mapped(model: ModelConfig, wishes: Wishes) -> bool:
-    """True where the checkpoint's own pages serve; a format that is not the published one is a copy."""
-    return _expert_format(model, wishes) == model.expert_format and not model.expert_copy
-
-
-def _check_copy(facts: Facts, experts: int) -> None:
-    """Copied experts must lie in RAM as a whole; mapped ones may overflow it (slowly, and with a note)."""
+def _check_experts(facts: Facts, experts: int) -> None:
+    """Experts from the shards must lie in RAM as a whole; a mapped file may overflow it (slowly, and with a note)."""
     if experts + HOST_RESERVE > facts.ram_free:
         needed = human(experts + HOST_RESERVE)
-        raise PlacementError(f"RAM has {human(facts.ram_free)} free and {needed} are needed for a copy of the experts")
+        raise PlacementError(f"RAM has {human(facts.ram_free)} free and {needed} are needed for the experts")
 
 
 def _kv_room(facts: Facts, spare: int, mapped: int) -> int:
@@ -219,7 +215,7 @@ def _page_bytes(model: ModelConfig, wishes: Wishes) -> int:
 
 
 def _experts_entry(model: ModelConfig, wishes: Wishes) -> str:
-    source = "mapped from the checkpoint" if _mapped(model, wishes) else "copy"
+    source = "mapped from the packed file" if wishes.packed else "packed"
     return f"routed experts, {_expert_format(model, wishes)}, {source}"
 
 
@@ -243,9 +239,12 @@ def _remedy(model: ModelConfig, facts: Facts, wishes: Wishes) -> str:
         changes.append(("no --kv-memory", replace(wishes, kv_bytes=None)))
     if wishes.dtype == "float32":
         changes.append(("--dtype bfloat16", replace(wishes, dtype="bfloat16")))
-    if not _mapped(model, wishes):
+    if not wishes.packed:
         targets: tuple[ExpertTarget, ...] = ("int8", "int4", "native")
         changes += [(f"--expert-format {target}", replace(wishes, expert_target=target)) for target in targets]
+        chosen = "" if wishes.expert_target == "native" else f" --expert-format {wishes.expert_target}"
+        packed = f"`hybrid pack MODEL{chosen}`, and the experts are read from the disk as they are needed"
+        changes.append((packed, replace(wishes, packed=True)))
     for flag, changed in changes:
         try:
             fitted = _fit(model, facts, changed)

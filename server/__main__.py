@@ -5,12 +5,13 @@
 
 import argparse
 import asyncio
+import contextlib
 import json
 import logging
 import os
 import platform
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 
@@ -30,6 +31,7 @@ def main(argv: list[str] | None = None) -> int:
         "serve": _serve,
         "chat": _chat,
         "make-checkpoint": _make_checkpoint,
+        "pack": _pack,
         "version": _version,
     }
     try:
@@ -96,22 +98,14 @@ def _make_checkpoint(given: argparse.Namespace, environ: Mapping[str, str]) -> i
         return _fail(f"--config {given.config}: {error.strerror}", CONFIGURATION)
     except ValueError as error:
         return _fail(f"--config {given.config}: not JSON: {error}", CONFIGURATION)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
     try:
-        with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as bars:
-            bar = bars.add_task("writing", total=None)
+        with _bar() as show:
             write_checkpoint(
                 config,
                 given.out,
                 given.seed,
                 given.tokenizer,
-                progress=lambda done, total: bars.update(bar, completed=done, total=total),
+                progress=lambda done, total: show("writing", done, total),
             )
     except ValueError as error:
         return _fail(str(error), CONFIGURATION)
@@ -119,6 +113,45 @@ def _make_checkpoint(given: argparse.Namespace, environ: Mapping[str, str]) -> i
         return _fail(f"--out {given.out}: {error.strerror}", FAILURE)
     print(given.out)
     return 0
+
+
+def _pack(given: argparse.Namespace, environ: Mapping[str, str]) -> int:
+    from hybrid.config import ModelConfig
+    from offload.checkpoint import Checkpoint
+    from offload.store import pack_store
+
+    try:
+        model = ModelConfig.from_directory(given.model)
+        with _bar() as show:
+            path, notices = pack_store(
+                Checkpoint(given.model),
+                model.expert_name,
+                model.expert_geometry,
+                model.moe_layers,
+                given.expert_format,
+                show,
+            )
+    except (ValueError, FileNotFoundError) as error:  # ConfigError and CheckpointError among them
+        return _fail(str(error), CONFIGURATION)
+    for line in notices:
+        _tell(line)
+    print(path)
+    return 0
+
+
+@contextlib.contextmanager
+def _bar() -> Iterator[Callable[[str, int, int], None]]:
+    """Shows (stage, bytes done, bytes in all) on a terminal."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as bars:
+        bar = bars.add_task("", total=None)
+        yield lambda stage, done, total: bars.update(bar, description=stage, completed=done, total=total)
 
 
 def _version(given: argparse.Namespace, environ: Mapping[str, str]) -> int:

@@ -1,4 +1,4 @@
-"""The command line of `hybrid`: four subcommands, and where the settings of `serve` come from.
+"""The command line of `hybrid`: five subcommands, and where the settings of `serve` come from.
 
 A flag beats an environment variable, that beats the YAML file, that beats the default. Starts nothing.
 Called by `__main__.py`.
@@ -27,6 +27,7 @@ def parser() -> argparse.ArgumentParser:
     _add_serve(commands)
     _add_chat(commands)
     _add_make_checkpoint(commands)
+    _add_pack(commands)
     commands.add_parser("version", help="print the versions of hybrid and what it runs on")
     return top
 
@@ -145,6 +146,19 @@ def _add_make_checkpoint(commands: "argparse._SubParsersAction[argparse.Argument
     make.add_argument(
         "--tokenizer", type=Path, metavar="DIR", help="directory to copy the tokenizer from (default: one of 256 bytes)"
     )
+
+
+def _add_pack(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    pack = commands.add_parser(
+        "pack",
+        help="write a checkpoint's experts once in the order the kernels read them",
+        description="Write a checkpoint's routed experts beside its shards, in the order the kernels read them. "
+        "`hybrid serve` then maps that file: it starts sooner, and the experts may be larger than RAM. A run that was "
+        "cut off goes on where it stopped.",
+    )
+    pack.add_argument("model", type=Path, metavar="MODEL", help="checkpoint directory (Hugging Face layout)")
+    (option,) = (option for option in server_options() if option.field == "expert_format")
+    pack.add_argument(option.flag, choices=option.choices, default=option.default, help=described(option))
 
 
 def _positive(text: str) -> int:

@@ -21,6 +21,7 @@ from typing import Literal
 from hybrid.batch import Batch, StepOutput
 from hybrid.config import EngineConfig, ModelConfig
 from offload.config import PoolConfig
+from offload.sources import packed_path
 from placement.facts import read_facts
 from placement.ledger import Wishes, place
 from server.request import (
@@ -195,16 +196,17 @@ def build_engine(settings: ServerSettings, progress: OnProgress, notice: OnNotic
     dtype = settings.dtype
     if dtype == "auto":
         dtype = "bfloat16" if facts.device == "cuda" else "float32"
-    placement = place(model, facts, _wishes(settings, dtype))
+    placement = place(model, facts, _wishes(settings, model, dtype))
     notice(placement.table())
     config = EngineConfig(
         model=settings.model,
         device=facts.device,
         dtype=dtype,
         expert_format=settings.expert_format,
-        pool=PoolConfig(threads=settings.threads, precision=settings.expert_precision),
+        pool=PoolConfig(settings.threads, settings.expert_precision, None if settings.isa == "auto" else settings.isa),
         n_pages=placement.n_pages,
         page_size=placement.page_size,
+        experts=settings.experts,
     )
     engine = Engine(config, progress=progress, notice=notice)
     sizes = SchedulerConfig(
@@ -217,7 +219,8 @@ def build_engine(settings: ServerSettings, progress: OnProgress, notice: OnNotic
     return Built(engine.step, engine.close, sizes, max_model_len, facts.device_name)
 
 
-def _wishes(settings: ServerSettings, dtype: Literal["bfloat16", "float32"]) -> Wishes:
+def _wishes(settings: ServerSettings, model: ModelConfig, dtype: Literal["bfloat16", "float32"]) -> Wishes:
+    fmt = model.expert_format if settings.expert_format == "native" else settings.expert_format
     return Wishes(
         dtype=dtype,
         expert_target=settings.expert_format,
@@ -226,4 +229,5 @@ def _wishes(settings: ServerSettings, dtype: Literal["bfloat16", "float32"]) -> 
         max_batch_tokens=settings.max_batch_tokens,
         kv_bytes=settings.kv_memory,
         page_size=settings.page_size,
+        packed=packed_path(settings.model, fmt).exists(),
     )

@@ -13,6 +13,8 @@ from offload.config import Precision
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "bfloat16", "float32"]
 ExpertTarget = Literal["native", "int8", "int4"]
+ExpertBackend = Literal["numba", "kt", "auto"]
+ExpertIsa = Literal["auto", "amx", "avx512vnni", "avx512", "avxvnni", "avx2", "portable"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
 
@@ -41,8 +43,16 @@ class ServerSettings:
     expert_precision: Precision = field(
         default="a8", metadata={"help": "activations of the routed experts: 8 or 16 bits per value"}
     )
+    experts: ExpertBackend = field(
+        default="numba",
+        metadata={"help": "who runs the routed experts: our kernels, kt-kernel, or what a short trial finds faster"},
+    )
+    isa: ExpertIsa = field(
+        default="auto", metadata={"help": "instructions of our expert kernels; auto takes the best that can run here"}
+    )
     threads: int | None = field(
-        default=None, metadata={"help": "worker threads for the experts (default: one for each physical core)"}
+        default=None,
+        metadata={"help": "worker threads for the experts (default: one for each physical core, up to the CPU quota)"},
     )
 
     max_model_len: int | None = field(

@@ -16,14 +16,14 @@ TESTS = tuple(sorted((REPO / "tests").rglob("*.py")))
 TORCH_FREE = {
     *(path for path in SOURCES if path.parts[-2] == "server"),
     *(REPO / "hybrid" / f"{name}.py" for name in ("batch", "pages", "config", "config_json", "random_checkpoint")),
-    *(REPO / "offload" / f"{name}.py" for name in ("config", "formats", "checkpoint")),
+    *(REPO / "offload" / f"{name}.py" for name in ("config", "formats", "checkpoint", "kt_worker")),
     *(REPO / "placement" / f"{name}.py" for name in ("facts", "ledger")),
 }
 TERMINAL = {REPO / "server" / "__main__.py", REPO / "server" / "chat_client.py"}  # may print
 SPEAKING_INIT = REPO / "offload" / "kernels" / "__init__.py"  # names numba's cache directory: the one that does things
 HEAVY = ("torch", "numba", "llvmlite", "transformers")
 
-MOST_FILE, MOST_TEST_FILE, MOST_FUNCTION, MOST_TOTAL = 400, 600, 60, 12_000  # lines
+MOST_FILE, MOST_TEST_FILE, MOST_FUNCTION, MOST_TOTAL = 400, 600, 60, 14_000  # lines
 
 # Imports modules by name in one fresh interpreter. Before each one everything of ours is forgotten, so that each must
 # import on its own.

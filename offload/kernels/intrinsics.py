@@ -49,8 +49,7 @@ def _store(kind, lowered):
 
 load_u8, load_u16 = _load(types.uint8, I8), _load(types.uint16, I16)
 load_i8, load_i16 = _load(types.int8, I8), _load(types.int16, I16)
-load_i64, load_f32 = _load(types.int64, I64), _load(types.float32, F32)
-store_i8, store_i16, store_i32 = _store(types.int8, I8), _store(types.int16, I16), _store(types.int32, I32)
+load_i32, load_i64, load_f32 = _load(types.int32, I32), _load(types.int64, I64), _load(types.float32, F32)
 store_i64, store_f32 = _store(types.int64, I64), _store(types.float32, F32)
 
 
@@ -94,15 +93,15 @@ def relax(typingctx):
 
 
 @intrinsic
-def system_call(typingctx, number, first, second, third):
-    """libc's `syscall` with three arguments and three zeros; the thread holds no interpreter lock meanwhile."""
+def system_call(typingctx, number, first, second, third, fourth):
+    """libc's `syscall` with four arguments and two zeros; the thread holds no interpreter lock meanwhile."""
 
     def codegen(context, builder, signature, args):
         kind = ir.FunctionType(I64, [I64], var_arg=True)
         function = cgutils.get_or_insert_function(builder.module, kind, "syscall")
-        return builder.call(function, [*args, *[ir.Constant(I64, 0)] * 3])
+        return builder.call(function, [*args, *[ir.Constant(I64, 0)] * 2])
 
-    return types.int64(types.int64, types.int64, types.int64, types.int64), codegen
+    return types.int64(*[types.int64] * 5), codegen
 
 
 @intrinsic
@@ -134,15 +133,27 @@ def call_job(typingctx, function, pool, argument, worker):
 
 
 @intrinsic
-def call_encode(typingctx, function, values, first, n, record, parts, element, vector, offset, limit):
-    """activation.encode"""
-    return _call(9, returns=False)
+def call_encode(typingctx, function, values, record):
+    """table.ENCODE"""
+    return _call(2, returns=False)
 
 
 @intrinsic
-def call_product(typingctx, function, weights, row_bytes, scales, scale_bytes, rows, n_in, n, records, out, after):
+def call_product(typingctx, function, weights, n_blocks, records, out):
     """table.PRODUCT"""
-    return _call(10, returns=False)
+    return _call(4, returns=False)
+
+
+@intrinsic
+def call_unpack(typingctx, function, weights, n_blocks, panel):
+    """table.UNPACK"""
+    return _call(3, returns=False)
+
+
+@intrinsic
+def call_multiply(typingctx, function, panel, steps, tokens, stride, n, out):
+    """table.MULTIPLY"""
+    return _call(6, returns=False)
 
 
 def record_at(kind):

@@ -12,17 +12,33 @@ from typing import Any
 from numba import cfunc, types
 
 from offload.config import ExpertFormat, Isa, Precision
-from offload.kernels.activation import ENCODE, Layout, encode, layout
+from offload.kernels.activation import Layout, bf16_inputs, bf16_swiglu, encode_inputs, encode_swiglu, layout
+from offload.kernels.amx import AmxFormat, emit_multiply, emit_unpack
 from offload.kernels.intrinsics import NOPYTHON, load_i64, store_f32
 from offload.kernels.layer import run_layer
 from offload.kernels.portable import row_product
-from offload.kernels.product import MAX_TOKENS, TILE, emit_product
+from offload.kernels.product import MAX_TOKENS, TOKENS, UNIT_SUMS, emit_product
 
-# weights, row_bytes, scales, scale_bytes: address and stride of the first row;  rows: 1 to TILE
-# n_in: inputs of a row;  n: tokens, 1 to MAX_TOKENS;  records: address of their records' addresses
-# out: float32 (tokens, TILE), at least the first `rows` columns are written;  after: what will be read after this
-PRODUCT = types.void(*[types.int64] * 10)
+# weights: address of a unit;  n_blocks: of each of its tiles;  records: address of the tokens' records' addresses
+# out: float32 (tokens, UNIT_SUMS)
+PRODUCT = types.void(*[types.int64] * 4)
+ENCODE = types.void(types.int64, types.int64)  # address of float32 values, address of the group's record
+UNPACK = types.void(types.int64, types.int64, types.int64)  # kernels.amx: unit, n_blocks, panel
+# panel; steps of a tile;  tokens: address of their first row;  stride: to the next row;  n: up to amx.TOKENS;  out
+MULTIPLY = types.void(*[types.int64] * 6)
 JOB_FUNCTION = types.int64(types.int64, types.int64, types.int64)  # pool, argument, worker -> status
+
+
+@dataclass(frozen=True, slots=True)
+class ManyTokens:
+    """The functions of kernels.amx, and their sizes."""
+
+    fmt: AmxFormat
+    inputs: int  # ENCODE, bf16
+    swiglu: int
+    unpack: int
+    multiply: int
+    code: tuple[Any, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,50 +47,87 @@ class Kernels:
 
     isa: Isa
     layout: Layout
-    products: tuple[int, ...]  # by tokens, 1 to MAX_TOKENS
-    encode: int  # activation.encode
+    products: tuple[int, ...]  # by tokens - 1; 0 where product.TOKENS has none
+    encode_inputs: int
+    encode_swiglu: int
     layer: int  # the job function of kernels.layer
+    many: ManyTokens | None  # None: every expert goes through the products
     code: tuple[Any, ...]  # keeps the compiled functions alive
 
 
+# The variant is closed over as plain strings and numbers: numba's cache key holds them.
+
+
 def vector_product(isa: Isa, fmt: ExpertFormat, precision: Precision, tokens: int) -> Any:
-    # The variant is closed over as plain strings and numbers: numba's cache key holds them.
     @cfunc(PRODUCT, cache=True, **NOPYTHON)
-    def product(weights, row_bytes, scales, scale_bytes, rows, n_in, n, records, out, after):
-        emit_product(
-            isa, fmt, precision, tokens, weights, row_bytes, scales, scale_bytes, rows, n_in, n, records, out, after
-        )
+    def product(weights, n_blocks, records, out):
+        emit_product(isa, fmt, precision, tokens, weights, n_blocks, records, out)
 
     return product
 
 
-def portable_product(fmt: ExpertFormat, precision: Precision) -> Any:
+def portable_product(fmt: ExpertFormat, precision: Precision, tokens: int) -> Any:
     element = layout("portable", fmt, precision).element
 
     @cfunc(PRODUCT, cache=True, **NOPYTHON)
-    def product(weights, row_bytes, scales, scale_bytes, rows, n_in, n, records, out, after):
-        for token in range(n):
+    def product(weights, n_blocks, records, out):
+        for token in range(tokens):
             record = load_i64(records + 8 * token)
-            for row in range(rows):
-                place = weights + row * row_bytes, scales + row * scale_bytes
-                store_f32(out + 4 * (token * TILE + row), row_product(fmt, element, *place, n_in, record))
+            for row in range(UNIT_SUMS):
+                value = row_product(fmt, element, weights, n_blocks, row, record)
+                store_f32(out + 4 * (token * UNIT_SUMS + row), value)
 
     return product
+
+
+def encoders(isa: Isa, fmt: ExpertFormat, precision: Precision) -> tuple[Any, Any]:
+    @cfunc(ENCODE, cache=True, **NOPYTHON)
+    def inputs(values, record):
+        encode_inputs(isa, fmt, precision, values, record)
+
+    @cfunc(ENCODE, cache=True, **NOPYTHON)
+    def swiglu(sums, record):
+        encode_swiglu(isa, fmt, precision, sums, record)
+
+    return inputs, swiglu
+
+
+def many_tokens(fmt: AmxFormat) -> ManyTokens:
+    @cfunc(ENCODE, cache=True, **NOPYTHON)
+    def inputs(values, target):
+        bf16_inputs(values, target)
+
+    @cfunc(ENCODE, cache=True, **NOPYTHON)
+    def swiglu(sums, target):
+        bf16_swiglu(sums, target)
+
+    @cfunc(UNPACK, cache=True, **NOPYTHON)
+    def unpack(weights, n_blocks, panel):
+        emit_unpack(weights, n_blocks, panel)
+
+    @cfunc(MULTIPLY, cache=True, **NOPYTHON)
+    def multiply(panel, steps, tokens, stride, n, out):
+        emit_multiply(panel, steps, tokens, stride, n, out)
+
+    code = inputs, swiglu, unpack, multiply
+    return ManyTokens(fmt, inputs.address, swiglu.address, unpack.address, multiply.address, code)
 
 
 def kernels(isa: Isa, fmt: ExpertFormat, precision: Precision) -> Kernels:
     """Compile or load one variant: some 10 s of processor time the first time, under a second after."""
-    encoder = cfunc(ENCODE, cache=True, **NOPYTHON)(encode)
     layer = cfunc(JOB_FUNCTION, cache=True, **NOPYTHON)(run_layer)
+    inputs, swiglu = encoders(isa, fmt, precision)
     if isa == "portable":
-        products = [portable_product(fmt, precision)] * MAX_TOKENS
+        products = {tokens: portable_product(fmt, precision, tokens) for tokens in TOKENS}
     else:
-        products = [vector_product(isa, fmt, precision, tokens) for tokens in range(1, MAX_TOKENS + 1)]
+        products = {tokens: vector_product(isa, fmt, precision, tokens) for tokens in TOKENS}
     return Kernels(
         isa=isa,
         layout=layout(isa, fmt, precision),
-        products=tuple(product.address for product in products),
-        encode=encoder.address,
+        products=tuple(products[n].address if n in products else 0 for n in range(1, MAX_TOKENS + 1)),
+        encode_inputs=inputs.address,
+        encode_swiglu=swiglu.address,
         layer=layer.address,
-        code=(encoder, layer, *products),
+        many=many_tokens(fmt) if isa == "amx" and (fmt == "int4" or fmt == "bf16") else None,
+        code=(layer, inputs, swiglu, *products.values()),
     )

@@ -5,18 +5,18 @@ address, and the dot products of small integers, which alone differ between tier
 Knows nothing about formats, rows or tokens.
 """
 
-from collections.abc import Iterable, Sequence
 from typing import Any, TypeAlias
 
 from llvmlite import ir
 from numba.core import cgutils
 
 from offload.config import Isa
-from offload.kernels.activation import VECTOR_BYTES
 from offload.kernels.intrinsics import F32, I8, I16, I32, I64
 
 Value: TypeAlias = Any  # an ir.Value; llvmlite ships no types
-Pairs: TypeAlias = Sequence[tuple[Value, Value]]
+
+VECTOR_BYTES: dict[Isa, int] = {"amx": 64, "avx512vnni": 64, "avx512": 64, "avxvnni": 32, "avx2": 32}
+VNNI: frozenset[Isa] = frozenset({"amx", "avx512vnni", "avxvnni"})  # tiers with vpdpbusd and vpdpwssd
 
 
 class Emitter:
@@ -24,7 +24,7 @@ class Emitter:
 
     def __init__(self, builder: ir.IRBuilder, isa: Isa) -> None:
         self.builder = builder
-        self.isa: Isa = isa
+        self.vnni = isa in VNNI
         self.vector = VECTOR_BYTES[isa]  # bytes
         self.lanes = self.vector // 4
         self.ints = ir.VectorType(I32, self.lanes)
@@ -37,23 +37,27 @@ class Emitter:
     def at(self, address: Value, offset: int) -> Value:
         return self.builder.add(address, ir.Constant(I64, offset)) if offset else address
 
-    def load(self, address: Value, kind: ir.Type, offset: int = 0) -> Value:
+    def load(self, address: Value, kind: ir.Type, offset: int = 0, align: int = 4) -> Value:
         value = self.builder.load(self.builder.inttoptr(self.at(address, offset), ir.PointerType(kind)))
-        value.align = 1
+        value.align = align
         return value
 
-    def store(self, value: Value, address: Value) -> None:
-        self.builder.store(value, self.builder.inttoptr(address, ir.PointerType(value.type))).align = 1
+    def load_line(self, address: Value, offset: int) -> Value:
+        """A vector of weights: packed lines are aligned."""
+        return self.load(address, self.ints, offset, self.vector)
+
+    def store(self, value: Value, address: Value, offset: int = 0) -> None:
+        pointer = self.builder.inttoptr(self.at(address, offset), ir.PointerType(value.type))
+        self.builder.store(value, pointer).align = 4
 
     def prefetch(self, address: Value, offset: int = 0) -> None:
-        kind = ir.FunctionType(ir.VoidType(), [ir.PointerType(I8), I32, I32, I32])
-        target = self.builder.inttoptr(self.at(address, offset), ir.PointerType(I8))
+        pointer = self.builder.inttoptr(self.at(address, offset), ir.PointerType(I8))
         hints = [ir.Constant(I32, hint) for hint in (0, 3, 1)]  # for reading, into every level, data
-        self._call("llvm.prefetch.p0", kind, [target, *hints])
+        self._call("llvm.prefetch.p0", ir.VoidType(), pointer, *hints)
 
-    def variable(self, value: Value) -> Value:
-        """Where a vector that changes in loops is kept; LLVM makes it a register."""
-        return cgutils.alloca_once_value(self.builder, value)
+    def spread(self, address: Value, kind: ir.VectorType, offset: int = 0) -> Value:
+        """One dword of memory in every lane."""
+        return self.splat(self.load(address, kind.element, offset), kind)
 
     # arithmetic
 
@@ -63,7 +67,9 @@ class Emitter:
     def splat(self, value: Value, kind: ir.VectorType) -> Value:
         undefined = ir.Constant(kind, ir.Undefined)
         first = self.builder.insert_element(undefined, value, ir.Constant(I32, 0))
-        return self.builder.shuffle_vector(first, undefined, self._order([0] * kind.count))
+        return self.builder.shuffle_vector(
+            first, undefined, ir.Constant(ir.VectorType(I32, kind.count), [0] * kind.count)
+        )
 
     def mask(self, value: Value, bits: int) -> Value:
         return self.builder.and_(value, self.constant(bits, value.type))
@@ -89,65 +95,48 @@ class Emitter:
 
     def fma(self, a: Value, b: Value, c: Value) -> Value:
         """a * b + c, rounded once. LLVM may not reorder any float operation written here."""
-        kind = ir.FunctionType(self.floats, [self.floats] * 3)
-        return self._call(f"llvm.fma.v{self.lanes}f32", kind, [a, b, c])
+        return self._call(f"llvm.fma.v{self.lanes}f32", self.floats, a, b, c)
 
-    def total(self, value: Value) -> Value:
-        """Sum of a float vector: halves added to halves, the same tree every time."""
-        while value.type.count > 1:
-            half = value.type.count // 2
-            low = self.builder.shuffle_vector(value, value, self._order(range(half)))
-            high = self.builder.shuffle_vector(value, value, self._order(range(half, 2 * half)))
-            value = self.builder.fadd(low, high)
-        return self.builder.extract_element(value, ir.Constant(I32, 0))
+    def bf16_scales(self, address: Value, offset: int) -> Value:
+        """As many bf16 as there are lanes, as float32."""
+        packed = self.load(address, ir.VectorType(I16, self.lanes), offset, self.vector // 2)
+        return self.cast(self.left(self.builder.zext(packed, self.ints), 16), self.floats)
 
-    def group_scales(self, address: Value, groups: int) -> Value:
-        """`groups` bf16 scales, each spread as float32 over its share of the lanes."""
-        unit = 2 * groups  # bytes of the scales, repeated over the vector: every 128-bit quarter then holds a copy
-        packed = self.load(address, ir.IntType(8 * unit))
-        copies = self.cast(self.splat(packed, ir.VectorType(packed.type, self.vector // unit)), self.bytes)
-        order, zero = [], self.vector
-        for lane in range(self.lanes):
-            low = 4 * lane // unit * unit + 2 * (lane * groups // self.lanes)
-            order += [zero, zero, low, low + 1]
-        spread = self.builder.shuffle_vector(copies, ir.Constant(self.bytes, None), self._order(order))
-        return self.cast(spread, self.floats)
+    # dot products of small integers, four bytes or two words to a lane, added to a total
 
-    # dot products of small integers, four bytes or two words to a lane: start + sum of the pairs' products
+    def dot_bytes(self, total: Value | None, unsigned: Value, signed: Value) -> Value:
+        """Unsigned bytes times signed bytes. Exact with VNNI, where the total is dwords; else it is words, starts as
+        None and is exact for up to 8 products of at most 15 with at most 127: 8 * 2 bytes * 15 * 127 = 30480."""
+        if self.vnni:
+            return self._vnni("vpdpbusd", total, unsigned, signed)
+        products = self._x86("pmadd.ub.sw", self.words, self.cast(unsigned, self.bytes), self.cast(signed, self.bytes))
+        if total is None:
+            return products
+        # Never saturates, and unlike a plain addition stays where it is written: LLVM would turn the chain into a tree.
+        return self._call(f"llvm.sadd.sat.v{2 * self.lanes}i16", self.words, total, products)
 
-    def dot_bytes(self, start: Value, pairs: Pairs) -> Value:
-        """Two pairs of unsigned bytes of at most 15 and signed bytes; exact."""
-        if self.isa == "avx512vnni":
-            kind = ir.FunctionType(self.ints, [self.ints] * 3)
-            for unsigned, signed in pairs:
-                start = self._call("llvm.x86.avx512.vpdpbusd.512", kind, [start, unsigned, signed])
-            return start
-        kind = ir.FunctionType(self.words, [self.bytes] * 2)
-        low, high = (
-            self._call("llvm.x86.avx2.pmadd.ub.sw", kind, [self.cast(value, self.bytes) for value in pair])
-            for pair in pairs
-        )
-        # 2 pairs * 2 bytes * 15 * 128 fits a word, so they are added before they are widened.
-        return self.builder.add(start, self._multiply_add(self.builder.add(low, high), self.constant(1, self.words)))
+    def widen(self, words: Value, start: Value) -> Value:
+        """start + the sum of a lane's two words."""
+        return self.builder.add(start, self._multiply_add(words, self.constant(1, self.words)))
 
-    def dot_words(self, start: Value, pairs: Pairs) -> Value:
+    def dot_words(self, total: Value, a: Value, b: Value) -> Value:
         """Signed words times signed words; exact while the sum fits 32 bits."""
-        if self.isa == "avx512vnni":
-            kind = ir.FunctionType(self.ints, [self.ints] * 3)
-            for a, b in pairs:
-                operands = [start, self.cast(a, self.ints), self.cast(b, self.ints)]
-                start = self._call("llvm.x86.avx512.vpdpwssd.512", kind, operands)
-            return start
-        for a, b in pairs:
-            start = self.builder.add(start, self._multiply_add(self.cast(a, self.words), self.cast(b, self.words)))
-        return start
+        if self.vnni:
+            return self._vnni("vpdpwssd", total, a, b)
+        return self.builder.add(total, self._multiply_add(self.cast(a, self.words), self.cast(b, self.words)))
+
+    def _vnni(self, instruction: str, total: Value | None, a: Value, b: Value) -> Value:
+        name = f"llvm.x86.avx512.{instruction}.{8 * self.vector}"
+        return self._call(name, self.ints, total, self.cast(a, self.ints), self.cast(b, self.ints))
 
     def _multiply_add(self, a: Value, b: Value) -> Value:
-        return self._call("llvm.x86.avx2.pmadd.wd", ir.FunctionType(self.ints, [self.words] * 2), [a, b])
+        return self._x86("pmadd.wd", self.ints, a, b)
 
-    def _order(self, indexes: Iterable[int]) -> Value:
-        chosen = list(indexes)
-        return ir.Constant(ir.VectorType(I32, len(chosen)), chosen)
+    def _x86(self, name: str, returns: ir.Type, *args: Value) -> Value:
+        """AVX2's instruction, or its 512-bit version, which LLVM spells in another way."""
+        wide = {"pmadd.ub.sw": "llvm.x86.avx512.pmaddubs.w.512", "pmadd.wd": "llvm.x86.avx512.pmaddw.d.512"}
+        return self._call(wide[name] if self.vector == 64 else f"llvm.x86.avx2.{name}", returns, *args)
 
-    def _call(self, name: str, kind: ir.FunctionType, args: Sequence[Value]) -> Value:
+    def _call(self, name: str, returns: ir.Type, *args: Value) -> Value:
+        kind = ir.FunctionType(returns, [arg.type for arg in args])
         return self.builder.call(cgutils.get_or_insert_function(self.builder.module, kind, name), args)

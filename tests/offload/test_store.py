@@ -1,6 +1,5 @@
 """The expert store: addresses that lead to the right bytes, and refusals that name what is wrong."""
 
-import ctypes
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -9,161 +8,72 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
 
-from offload import requantise, store
-from offload.checkpoint import Checkpoint, CheckpointError
-from offload.config import PROJECTIONS, ExpertGeometry, Projection
-from offload.formats import bf16_to_float32, dequantise, quantise_fp8, quantise_int4, quantise_int8
-from offload.store import ExpertStore, Target, open_store
+from offload import numa, reading, store
+from offload.checkpoint import CheckpointError
+from offload.config import PROJECTIONS, ExpertGeometry
+from offload.formats import dequantise, quantise_int4, quantise_int8
+from offload.sources import Target
+from offload.store import open_store
+from tests.reference.expert_files import (
+    GEOMETRY,
+    LAYERS,
+    Tensors,
+    check_bytes,
+    exact,
+    expert_tensors,
+    prefix,
+    save,
+    silent,
+)
 
-GEOMETRY = ExpertGeometry(n_experts=3, hidden=192, inner=160)  # partial fp8 blocks both ways
-LAYERS = (1, 4)
-Tensors = dict[str, torch.Tensor]
-
-
-def prefix(layer: int, expert: int, projection: Projection) -> str:
-    return f"model.layers.{layer}.mlp.experts.{expert}.{projection}_proj"
-
-
-def silent(stage: str, done: int, total: int) -> None:
-    pass
-
-
-def bf16(bits: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(bits).view(torch.bfloat16)
+FORMATS = ("int4", "fp8", "bf16", "f16", "f32")
 
 
-def published(name: str, weights: torch.Tensor, source: str) -> Tensors:
-    """One matrix as a checkpoint of that kind stores it."""
-    if source == "int4":
-        packed, scales = quantise_int4(weights.numpy())
-        shape = torch.tensor(list(weights.shape), dtype=torch.int32)
-        return {
-            f"{name}.weight_packed": torch.from_numpy(packed),
-            f"{name}.weight_scale": bf16(scales),
-            f"{name}.weight_shape": shape,
-        }
-    if source == "fp8":
-        codes, factors = quantise_fp8(weights.numpy())
-        data = torch.from_numpy(codes).view(torch.float8_e4m3fn)
-        return {f"{name}.weight": data, f"{name}.weight_scale_inv": torch.from_numpy(factors)}
-    kinds = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
-    return {f"{name}.weight": weights.to(kinds[source])}
-
-
-def expert_tensors(source: str, layers: tuple[int, ...] = LAYERS, geometry: ExpertGeometry = GEOMETRY) -> Tensors:
-    generator = torch.Generator().manual_seed(5)
-    tensors: Tensors = {}
-    for layer in layers:
-        for expert in range(geometry.n_experts):
-            for projection in PROJECTIONS:
-                shape = geometry.shape(projection)
-                weights = torch.randn(shape, generator=generator) * torch.rand(shape[0], 1, generator=generator)
-                tensors |= published(prefix(layer, expert, projection), weights, source)
-    return tensors
-
-
-def save(tensors: Tensors, directory: Path) -> Checkpoint:
-    """Two shards, so that addresses must follow the file as well as the offset."""
-    names = sorted(tensors)
-    for i, held in enumerate((names[::2], names[1::2])):
-        save_file({name: tensors[name].clone() for name in held}, directory / f"{i}.safetensors")
-    return Checkpoint(directory)
-
-
-def stored(found: ExpertStore, layer: int, expert: int, projection: Projection) -> tuple[np.ndarray, np.ndarray | None]:
-    """Data and scales of one matrix, read at the table's addresses."""
-    data_at, scales_at = found.addresses[found.layers.index(layer), expert, PROJECTIONS.index(projection)].tolist()
-    n_out, n_in = found.geometry.shape(projection)
-    widths = {"int4": n_in // 2, "int8": n_in, "fp8": n_in, "bf16": 2 * n_in}
-    data = np.frombuffer(ctypes.string_at(data_at, n_out * widths[found.format]), np.uint8).reshape(n_out, -1)
-    if found.format == "bf16":
-        assert scales_at == 0
-        return data, None
-    kind, shape = (np.float32, (-(-n_out // 128), -(-n_in // 128))) if found.format == "fp8" else (np.uint16, None)
-    shape = shape or (n_out, n_in // 32)
-    n_bytes = int(np.prod(shape)) * np.dtype(kind).itemsize
-    return data, np.frombuffer(ctypes.string_at(scales_at, n_bytes), kind).reshape(shape)
-
-
-def exact(tensors: Tensors, name: str) -> np.ndarray:
-    """The float32 weights of a published matrix, by torch where torch can."""
-    if f"{name}.weight_packed" in tensors:
-        scales = tensors[f"{name}.weight_scale"].view(torch.uint16).numpy()
-        return dequantise("int4", tensors[f"{name}.weight_packed"].numpy(), scales)
-    weights = tensors[f"{name}.weight"].float()
-    if f"{name}.weight_scale_inv" in tensors:
-        blocks = tensors[f"{name}.weight_scale_inv"].repeat_interleave(128, 0).repeat_interleave(128, 1)
-        weights = weights * blocks[: weights.shape[0], : weights.shape[1]]
-    return weights.numpy()
-
-
-def every() -> list[tuple[int, int, Projection]]:
-    return [(layer, expert, p) for layer in LAYERS for expert in range(GEOMETRY.n_experts) for p in PROJECTIONS]
-
-
-@pytest.mark.parametrize(("source", "target"), [("int4", "native"), ("int4", "int4"), ("fp8", "native")])
-def test_scaled_formats_are_used_in_place(tmp_path: Path, source: str, target: Target) -> None:
+@pytest.mark.parametrize("source", FORMATS)
+@pytest.mark.parametrize("nodes", [(0,), (0, 0), (0, 0, 0, 0, 0, 0, 0)])
+@pytest.mark.parametrize("chunk", [1, 1 << 20])
+def test_published_weights_are_packed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, nodes: tuple[int, ...], chunk: int
+) -> None:
+    monkeypatch.setattr(reading, "CHUNK", chunk)
     tensors = expert_tensors(source)
     checkpoint = save(tensors, tmp_path)
-    found = open_store(checkpoint, prefix, GEOMETRY, LAYERS, target, silent)
-    data_name, scales_name = (
-        (".weight_packed", ".weight_scale") if source == "int4" else (".weight", ".weight_scale_inv")
-    )
-    assert found.resident and found.notices == ()
-    assert found.format == source and found.layers == LAYERS
-    assert found.addresses.dtype == np.int64 and found.addresses.shape == (2, 3, 3, 2)
-    checkpoint.close()  # the store keeps the mappings
-    total = 0
-    for layer, expert, projection in every():
-        name = prefix(layer, expert, projection)
-        data, scales = stored(found, layer, expert, projection)
-        assert scales is not None
-        assert data.tobytes() == tensors[name + data_name].view(torch.uint8).numpy().tobytes()
-        assert scales.tobytes() == tensors[name + scales_name].view(torch.uint8).numpy().tobytes()
-        total += data.nbytes + scales.nbytes
-    assert found.n_bytes == total
+    found = open_store(checkpoint, prefix, GEOMETRY, LAYERS, "native", silent, nodes)
+    checkpoint.close()  # nothing is left in the shards
+    assert found.resident and found.layers == LAYERS
+    assert found.addresses.dtype == np.int64 and found.addresses.shape == (2, 3, len(nodes), 2)
+    assert found.n_nodes == len(nodes) and not (found.addresses % 64).any()
+    assert found.n_bytes == 2 * 3 * GEOMETRY.expert_bytes(found.format)
+    assert found.format == (source if source in ("int4", "fp8") else "bf16")
+    assert len(found.notices) == (1 if source in ("f16", "f32") else 0)
+    assert all(f"from {source} to bf16" in notice for notice in found.notices)
+    check_bytes(found, tensors)
     found.close()
-    assert str(tmp_path) not in Path("/proc/self/maps").read_text()
 
 
-def test_bf16_is_used_in_place(tmp_path: Path) -> None:
-    tensors = expert_tensors("bf16")
-    checkpoint = save(tensors, tmp_path)
-    found = open_store(checkpoint, prefix, GEOMETRY, LAYERS, "native", silent)
-    assert found.resident and found.format == "bf16"
-    assert found.n_bytes == sum(tensor.nbytes for tensor in tensors.values())
-    for layer, expert, projection in every():
-        name = f"{prefix(layer, expert, projection)}.weight"
-        assert found.addresses[LAYERS.index(layer), expert, PROJECTIONS.index(projection), 0] == checkpoint.address(
-            name
-        )
-        data, _ = stored(found, layer, expert, projection)
-        assert data.tobytes() == tensors[name].view(torch.uint8).numpy().tobytes()
-
-
+@pytest.mark.parametrize("nodes", [(0,), (0, 0, 0)])
 @pytest.mark.parametrize(
     ("source", "target"),
     [("int4", "int8")] + [(source, target) for source in ("fp8", "bf16", "f16", "f32") for target in ("int8", "int4")],
 )
-def test_quantised_at_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, target: Target) -> None:
-    monkeypatch.setattr(requantise, "CHUNK", 128 * 160)  # several pieces to a matrix
+def test_quantised_at_load(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, target: Target, nodes: tuple[int, ...]
+) -> None:
+    monkeypatch.setattr(reading, "CHUNK", 32 * 192)  # several pieces to a matrix
     tensors = expert_tensors(source)
     calls: list[tuple[str, int, int]] = []
-    found = open_store(save(tensors, tmp_path), prefix, GEOMETRY, LAYERS, target, lambda *call: calls.append(call))
+    checkpoint = save(tensors, tmp_path)
+    found = open_store(checkpoint, prefix, GEOMETRY, LAYERS, target, lambda *call: calls.append(call), nodes)
     assert found.resident and found.format == target
-    assert found.n_bytes == 2 * 3 * GEOMETRY.expert_bytes(target)
-    assert found.addresses[0, 0, 0, 0] % (2 << 20) == 0 and not (found.addresses % 64).any()
+    check_bytes(found, tensors)
     squares = {layer: np.zeros(2) for layer in LAYERS}
-    for layer, expert, projection in every():
-        weights = exact(tensors, prefix(layer, expert, projection))
-        data, scales = stored(found, layer, expert, projection)
-        expected, steps = quantise_int4(weights) if target == "int4" else quantise_int8(weights)
-        assert data.tobytes() == expected.tobytes()
-        assert scales is not None and np.array_equal(scales, steps)
-        difference = dequantise(target, expected, steps).astype(np.float64) - weights
-        squares[layer] += [np.square(difference).sum(), np.square(weights.astype(np.float64)).sum()]
+    for layer in LAYERS:
+        for name in (prefix(layer, expert, p) for expert in range(GEOMETRY.n_experts) for p in PROJECTIONS):
+            weights = exact(tensors, name)
+            again = dequantise(target, *(quantise_int4(weights) if target == "int4" else quantise_int8(weights)))
+            difference = again.astype(np.float64) - weights
+            squares[layer] += [np.square(difference).sum(), np.square(weights.astype(np.float64)).sum()]
     by_layer = {layer: np.sqrt(error / norm) for layer, (error, norm) in squares.items()}
     worst = max(LAYERS, key=lambda layer: by_layer[layer])
     error, norm = sum(squares.values())
@@ -180,20 +90,7 @@ def test_quantised_at_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sour
     found.close()
 
 
-@pytest.mark.parametrize("source", ["f16", "f32"])
-def test_wide_floats_become_bf16(tmp_path: Path, source: str) -> None:
-    tensors = expert_tensors(source)
-    found = open_store(save(tensors, tmp_path), prefix, GEOMETRY, LAYERS, "native", silent)
-    assert found.format == "bf16" and found.resident
-    assert f"from {source} to bf16" in found.notices[0]
-    for layer, expert, projection in every():
-        weights = exact(tensors, prefix(layer, expert, projection))
-        data, _ = stored(found, layer, expert, projection)
-        expected = torch.from_numpy(weights).bfloat16().float().numpy()
-        assert np.array_equal(bf16_to_float32(data.view(np.uint16)), expected)
-
-
-def test_reading_ahead_counts_every_byte(tmp_path: Path) -> None:
+def test_progress_counts_every_published_byte(tmp_path: Path) -> None:
     tensors = expert_tensors("bf16")
     calls: list[tuple[str, int, int]] = []
     open_store(save(tensors, tmp_path), prefix, GEOMETRY, LAYERS, "native", lambda *call: calls.append(call))
@@ -201,15 +98,60 @@ def test_reading_ahead_counts_every_byte(tmp_path: Path) -> None:
     assert calls[0] == ("reading experts", 0, size) and calls[-1] == ("reading experts", size, size)
 
 
-def test_no_reading_ahead_beyond_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store.psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
-    calls: list[int] = []
-    found = open_store(
-        save(expert_tensors("bf16"), tmp_path), prefix, GEOMETRY, LAYERS, "native", lambda *call: calls.append(call[1])
+def test_sizes_without_padding_are_those_of_the_published_tensors(tmp_path: Path) -> None:
+    geometry = ExpertGeometry(2, 128, 64)
+    tensors = expert_tensors("int4", (0,), geometry)
+    found = open_store(save(tensors, tmp_path), prefix, geometry, (0,), "native", silent)
+    assert found.n_bytes == sum(t.nbytes for name, t in tensors.items() if not name.endswith("_shape"))
+
+
+@pytest.mark.parametrize(("target", "flag"), [("native", ""), ("int8", " --expert-format int8")])
+def test_more_than_fits_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: Target, flag: str) -> None:
+    monkeypatch.setattr(store.psutil, "virtual_memory", lambda: SimpleNamespace(available=100_000))
+    with pytest.raises(CheckpointError) as caught:
+        open_store(save(expert_tensors("bf16"), tmp_path), prefix, GEOMETRY, LAYERS, target, silent)
+    assert str(caught.value).startswith("the experts take 0.0 GB in memory and 0.0 GB of RAM are free; ")
+    assert f"`hybrid pack {tmp_path}{flag}`" in str(caught.value)
+
+
+def test_crowded_memory_lets_go_of_the_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = expert_tensors("bf16")
+    dropped: list[int] = []
+    advise = reading.os.posix_fadvise
+    monkeypatch.setattr(
+        reading.os,
+        "posix_fadvise",
+        lambda *a: dropped.append(a[2]) if a[3] == reading.os.POSIX_FADV_DONTNEED else advise(*a),
     )
-    assert calls == []
-    assert len(found.notices) == 1 and "not read ahead" in found.notices[0]
-    assert not found.resident
+    checkpoint = save(tensors, tmp_path)
+    needed = 6 * GEOMETRY.expert_bytes("bf16")
+    for available, n_bytes in ((10 * needed, 0), (needed + 1000, sum(t.nbytes for t in tensors.values()))):
+        monkeypatch.setattr(store.psutil, "virtual_memory", lambda free=available: SimpleNamespace(available=free))
+        open_store(checkpoint, prefix, GEOMETRY, LAYERS, "native", silent)
+        assert sum(dropped) == n_bytes
+
+
+def test_a_node_that_does_not_exist_is_a_notice(tmp_path: Path) -> None:
+    tensors = expert_tensors("int4")
+    found = open_store(save(tensors, tmp_path), prefix, GEOMETRY, LAYERS, "native", silent, (0, 700))
+    assert len(found.notices) == 1 and found.notices[0].startswith("memory node 700: E")
+    check_bytes(found, tensors)
+
+
+def test_memory_of_a_node() -> None:
+    memory = numa.huge_memory(5 << 20)
+    assert numa.address_of(memory) % numa.HUGE_PAGE == 0 and len(memory) == 5 << 20
+    assert numa.prefer_node(memory, 0) is None
+    memory[-1] = 1
+
+
+def test_a_shard_that_shrinks_is_told(tmp_path: Path) -> None:
+    checkpoint = save(expert_tensors("bf16"), tmp_path)
+    path = tmp_path / "1.safetensors"
+    with path.open("r+b") as file:
+        file.truncate(path.stat().st_size - 100)
+    with pytest.raises(CheckpointError, match=r"1\.safetensors: ends within tensor .*; download it again"):
+        open_store(checkpoint, prefix, GEOMETRY, LAYERS, "native", silent)
 
 
 @pytest.mark.parametrize(

@@ -105,7 +105,7 @@ def test_k25_on_a_workstation() -> None:
     assert placement.n_bytes("RAM") == expert_bytes(K25, "int4")
     assert placement.notes == ()
     table = placement.table()
-    assert "routed experts, int4, mapped from the checkpoint" in table
+    assert "routed experts, int4, packed" in table
     assert "570.76 GB" in table
 
 
@@ -146,19 +146,19 @@ def test_a_card_too_small_for_any_setting() -> None:
         place(K25, replace(WORKSTATION, device_total=16 * GIB, device_free=15 * GIB), WISHES)
 
 
-def test_a_copy_of_the_experts_must_fit_in_ram() -> None:
+def test_the_experts_must_fit_in_ram() -> None:
     with pytest.raises(
-        PlacementError, match=r"RAM has 816\.04 GB free and 1\.08 TB are needed for a copy of the experts; .*int4$"
+        PlacementError, match=r"RAM has 816\.04 GB free and 1\.08 TB are needed for the experts; .*int4$"
     ):
         place(K25, WORKSTATION, replace(WISHES, expert_target="int8"))
 
 
-def test_experts_that_must_become_bf16_are_a_copy() -> None:
+def test_experts_that_must_become_bf16() -> None:
     model = replace(K25, expert_format="bf16", expert_copy=True)
-    with pytest.raises(PlacementError, match=r"2\.03 TB are needed for a copy of the experts; .*int4$"):
+    with pytest.raises(PlacementError, match=r"2\.03 TB are needed for the experts; .*int4$"):
         place(model, WORKSTATION, WISHES)
     entry = place(replace(model, num_hidden_layers=3), WORKSTATION, WISHES).entries[-1]
-    assert (entry.what, entry.n_bytes) == ("routed experts, bf16, copy", 2 * 384 * 3 * 2 * 7168 * 2048)
+    assert (entry.what, entry.n_bytes) == ("routed experts, bf16, packed", 2 * 384 * 3 * 2 * 7168 * 2048)
 
 
 def test_int4_is_the_remedy_where_it_fits() -> None:
@@ -167,9 +167,18 @@ def test_int4_is_the_remedy_where_it_fits() -> None:
         place(model, WORKSTATION, replace(WISHES, expert_target="int8"))
 
 
-def test_mapped_experts_may_overflow_ram_with_a_note() -> None:
-    placement = place(K25, replace(WORKSTATION, ram_total=128 * GIB, ram_free=120 * GIB), WISHES)
+def test_experts_larger_than_ram_need_a_packed_file() -> None:
+    small = replace(WORKSTATION, ram_total=128 * GIB, ram_free=120 * GIB)
+    with pytest.raises(
+        PlacementError,
+        match=r"128\.85 GB free and 571\.30 GB are needed for the experts; this fits: `hybrid pack MODEL`",
+    ):
+        place(K25, small, WISHES)
+    with pytest.raises(PlacementError, match=r"this fits: `hybrid pack MODEL --expert-format int8`"):
+        place(K25, small, replace(WISHES, expert_target="int8"))
+    placement = place(K25, small, replace(WISHES, packed=True))
     assert any("570.76 GB of page cache" in note for note in placement.notes)
+    assert "routed experts, int4, mapped from the packed file" in placement.table()
 
 
 def test_cpu_counts_its_memory_once() -> None:
@@ -212,15 +221,16 @@ def test_human() -> None:
     published=st.sampled_from(["int4", "bf16", "fp8"]),
     length=st.none() | st.integers(1, 262144),
     running=st.integers(1, 128),
+    packed=st.booleans(),
     kv=st.none() | st.integers(1, 10**11),
 )
 def test_whatever_fits_really_fits(
     device: str, vram: int, memory: int, dtype: str, target: str, published: ExpertFormat, length: int | None,
-    running: int, kv: int | None,
+    running: int, packed: bool, kv: int | None,
 ) -> None:  # fmt: skip
     model = replace(K25, expert_format=published)
     facts = cpu(memory) if device == "cpu" else Facts("cuda", "GPU", vram * GIB, vram * GIB, memory * GIB, memory * GIB)
-    wishes = Wishes(dtype, target, length, running, 512, kv)  # type: ignore[arg-type]
+    wishes = Wishes(dtype, target, length, running, 512, kv, packed=packed)  # type: ignore[arg-type]
     try:
         placement = place(model, facts, wishes)
     except PlacementError as error:
@@ -229,8 +239,7 @@ def test_whatever_fits_really_fits(
     assert placement.n_pages * wishes.page_size >= placement.max_model_len >= 1
     assert length is None or placement.max_model_len == length
     assert placement.n_bytes("device") <= facts.device_free
-    copied = target not in ("native", published)
-    if copied:
+    if not packed:
         needed = placement.n_bytes("RAM") + (placement.n_bytes("device") if device == "cpu" else 0)
         assert needed <= facts.ram_free
     elif not placement.notes and device == "cpu":

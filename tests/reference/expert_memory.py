@@ -1,10 +1,10 @@
 """Experts in memory as a store holds them, with the dense float64 weights beside them.
 
-Every tensor ends where readable memory ends, so a kernel that reads one byte too many dies on the spot; that also
-gives the tensors odd addresses.
+Every expert ends where readable memory ends, so a kernel that reads one byte too many dies on the spot.
 """
 
 import ctypes
+import itertools
 import mmap
 from dataclasses import dataclass
 
@@ -12,7 +12,8 @@ import numpy as np
 
 from offload import formats
 from offload.config import PROJECTIONS, ExpertFormat, ExpertGeometry
-from tests.reference import experts
+from offload.topology import Place, Topology
+from tests.reference import experts, packing
 
 PROT_NONE = 0
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -54,24 +55,47 @@ class MemoryStore:
     owners: list[np.ndarray]
     resident: bool = True
 
+    @property
+    def n_nodes(self) -> int:
+        return self.addresses.shape[2]
+
+    def close(self) -> None:
+        """Stays open: tests use it again."""
+
 
 def memory_store(
-    fmt: ExpertFormat, geometry: ExpertGeometry, layers: tuple[int, ...] = (3,), seed: int = 0
+    fmt: ExpertFormat, geometry: ExpertGeometry, layers: tuple[int, ...] = (3,), seed: int = 0, n_nodes: int = 1
 ) -> MemoryStore:
-    """Random experts, scaled so that gate, up and outputs are of the order of one."""
+    """Random experts, scaled so that gate, up and outputs are of the order of one, each node's share by itself."""
     rng = np.random.default_rng(seed)
-    addresses = np.zeros((len(layers), geometry.n_experts, 3, 2), np.int64)
+    addresses = np.zeros((len(layers), geometry.n_experts, n_nodes, 2), np.int64)
     store = MemoryStore(geometry, fmt, layers, addresses, [], [])
     for layer in range(len(layers)):
         dense: dict[str, list[np.ndarray]] = {projection: [] for projection in PROJECTIONS}
         for expert in range(geometry.n_experts):
-            for i, projection in enumerate(PROJECTIONS):
+            matrices = {}
+            for projection in PROJECTIONS:
                 shape = geometry.shape(projection)
                 weights = (rng.standard_normal(shape) * 1.5 / np.sqrt(shape[1])).astype(np.float32)
-                data, scales = quantised(fmt, weights)
-                dense[projection].append(experts.dense(fmt, data, scales))
-                kept = [guarded(array) for array in (data, scales) if array is not None]
+                matrices[projection] = quantised(fmt, weights)
+                dense[projection].append(experts.dense(fmt, *matrices[projection]))
+            for node, units in enumerate(shares(geometry, packing.expert(fmt, geometry, matrices), n_nodes)):
+                kept = [guarded(np.concatenate([*part, np.empty(0, np.uint8)])) for part in units]
                 store.owners += kept
-                addresses[layer, expert, i, : len(kept)] = [array.ctypes.data for array in kept]
+                addresses[layer, expert, node] = [array.ctypes.data for array in kept]
         store.dense.append(experts.Layer(fmt, **dense))
     return store
+
+
+def shares(
+    geometry: ExpertGeometry, units: tuple[list[np.ndarray], list[np.ndarray]], n_nodes: int
+) -> list[tuple[list[np.ndarray], list[np.ndarray]]]:
+    """Each node's gate_up units and down units: as near to equal numbers as possible."""
+    gate_up, down = units
+    bounds = [(len(gate_up) * n // n_nodes, len(down) * n // n_nodes) for n in range(n_nodes + 1)]
+    return [(gate_up[a:c], down[b:d]) for (a, b), (c, d) in itertools.pairwise(bounds)]
+
+
+def unpinned(workers: int, n_nodes: int = 1) -> Topology:
+    """Workers without cores of their own, dealt over nodes that may not exist."""
+    return Topology(tuple([0] * n_nodes), tuple(Place(None, worker % n_nodes) for worker in range(workers)))

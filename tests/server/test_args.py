@@ -79,6 +79,8 @@ def test_a_model_that_is_no_directory() -> None:
         (["fly"], "invalid choice: 'fly'"),
         ([], "required: COMMAND"),
         (["make-checkpoint", "--out", "x"], "required: --config, --seed"),
+        (["pack"], "required: MODEL"),
+        (["pack", "m", "--expert-format", "int5"], "argument --expert-format: invalid choice: 'int5'"),
         (["chat", "--thinking", "--instant"], "not allowed with"),
         (["chat", "--max-tokens", "0"], "argument --max-tokens: expected a whole number above 0, found '0'"),
     ],

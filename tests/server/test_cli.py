@@ -88,6 +88,31 @@ def test_make_checkpoint(tmp_path: Path) -> None:
     assert str(out) in one_line(again)
 
 
+def test_pack(tmp_path: Path) -> None:
+    model = tmp_path / "made"
+    assert (
+        hybrid("make-checkpoint", "--config", str(DEFAULT_CONFIG), "--out", str(model), "--seed", "3").returncode == 0
+    )
+    done = hybrid("pack", str(model))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == f"{model / 'hybrid-experts-int4.packed'}\n"
+    assert (model / "hybrid-experts-int4.packed").is_file()
+    done = hybrid("pack", str(model), "--expert-format", "int8")
+    assert done.returncode == 0
+    assert done.stdout == f"{model / 'hybrid-experts-int8.packed'}\n"
+    assert "experts converted from int4 to int8: relative RMS weight error" in one_line(done)
+    (model / "hybrid-experts-int4.packed").write_bytes(b"")
+    assert hybrid("pack", str(model)).returncode == 0  # written anew
+    assert (model / "hybrid-experts-int4.packed").stat().st_size > 0
+
+
+def test_pack_refuses_what_is_no_checkpoint(tmp_path: Path) -> None:
+    done = hybrid("pack", str(tmp_path))
+    assert done.returncode == 78
+    assert str(tmp_path) in one_line(done)
+    assert hybrid("pack").returncode == 2
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [("{", "not JSON"), ("[]", ""), ("{}", "model_type"), ('{"model_type": "llama"}', "llama")],

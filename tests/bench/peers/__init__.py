@@ -1,0 +1,1 @@
+"""Contestants of `python -m tests.bench.kernels`, each in a process of its own, some in interpreters of their own."""
