@@ -93,7 +93,6 @@ class ModelConfig:
     tie_word_embeddings: bool
     eos_token_ids: tuple[int, ...]
     expert_format: ExpertFormat  # as published
-    expert_copy: bool  # published as float16 or float32, which no kernel reads: native is then a copy in bf16
     tensor_prefix: str  # "language_model." or ""
     vision: bool
 
@@ -159,7 +158,6 @@ class ModelConfig:
             tie_word_embeddings=text.flag("tie_word_embeddings", top.flag("tie_word_embeddings", False)),
             eos_token_ids=_stop_ids(top, text, stops, vocab),
             expert_format=_expert_format(top, text),
-            expert_copy=_expert_format(top, text) == "bf16" and _dtype(top, text) in ("float16", "float32"),
             tensor_prefix="language_model." if model_type == "kimi_k25" else "",
             vision=model_type == "kimi_k25" and top.has("vision_config"),
         )
@@ -327,12 +325,6 @@ def _expert_format(top: Fields, text: Fields) -> ExpertFormat:
             if weights.values.get(key) != value:
                 raise weights.error(key, repr(value))
     return "int4"
-
-
-def _dtype(top: Fields, text: Fields) -> object:
-    """The type that the file names for its unquantised tensors, in today's or the older spelling; None: it does not."""
-    named = (holder.values.get(key) for holder in (text, top) for key in ("dtype", "torch_dtype"))
-    return next((value for value in named if value is not None), None)
 
 
 def _stop_ids(top: Fields, text: Fields, extra: frozenset[int], vocab_size: int) -> tuple[int, ...]:

@@ -106,6 +106,7 @@ class Engine:
         )
         for line in store.notices:
             notice(line)
+        progress("compiling expert kernels, or loading them from the cache", 0, 1)
         return Experts(store, config.pool, topology)
 
     def _answer(self, rows: Sequence[Row], hidden: torch.Tensor) -> tuple[RowOutput, ...]:

@@ -49,7 +49,8 @@ class Contest:
         """Everybody once; who begins changes from round to round."""
         ids = np.load(self._work.directory / f"ids-{rows}.npy", mmap_mode="r")[turn, 1:]
         order = list(self._families)
-        for name in order[turn % len(order) :] + order[: turn % len(order)]:
+        first = turn % max(1, len(order))
+        for name in order[first:] + order[:first]:
             expected = self._expected(name, rows)
             if expected > call_limit:
                 self.absent[f"{name}, {rows} rows"] = f"would take {expected:.0f} s, --call-limit is {call_limit:.0f}"

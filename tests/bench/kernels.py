@@ -69,7 +69,7 @@ def main() -> int:
         for turn, rows in itertools.product(range(given.rounds), given.rows):
             read = ceiling.measure()
             contest.round(turn, rows, read, given.call_limit)
-            done = {name: turns[-1] for name, turns in contest.results[rows].items()}
+            done = {name: turns[-1] for name, turns in contest.results.get(rows, {}).items()}
             times = ", ".join(f"{name} {last.median * 1e3:.2f}" for name, last in done.items())
             print(f"round {turn + 1}, {rows} rows, reads {read / 1e9:.1f} GB/s, ms: {times}", flush=True)
     report(contest, ours, given.markdown)

@@ -97,16 +97,6 @@ def test_expert_format_follows_the_quantisation_at_either_level() -> None:
     assert ModelConfig.from_json(families.moonlight()).expert_format == "bf16"
 
 
-@pytest.mark.parametrize("key", ["torch_dtype", "dtype"])
-def test_experts_that_no_kernel_reads_are_known_as_copies(key: str) -> None:
-    raw = families.moonlight()
-    del raw["torch_dtype"]
-    for name, copied in (("bfloat16", False), ("float16", True), ("float32", True)):
-        assert ModelConfig.from_json(raw | {key: name}).expert_copy is copied
-        assert not ModelConfig.from_json(families.deepseek_v3() | {key: name}).expert_copy  # fp8 whatever the rest is
-    assert not ModelConfig.from_json(raw).expert_copy
-
-
 def test_both_spellings_of_rope_agree() -> None:
     old = families.kimi_k2()
     new = families.kimi_k2()

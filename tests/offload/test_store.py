@@ -37,6 +37,7 @@ def test_published_weights_are_packed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, nodes: tuple[int, ...], chunk: int
 ) -> None:
     monkeypatch.setattr(reading, "CHUNK", chunk)
+    monkeypatch.setattr(reading, "CONVERTED", chunk)
     tensors = expert_tensors(source)
     checkpoint = save(tensors, tmp_path)
     found = open_store(checkpoint, prefix, GEOMETRY, LAYERS, "native", silent, nodes)
@@ -60,7 +61,7 @@ def test_published_weights_are_packed(
 def test_quantised_at_load(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, target: Target, nodes: tuple[int, ...]
 ) -> None:
-    monkeypatch.setattr(reading, "CHUNK", 32 * 192)  # several pieces to a matrix
+    monkeypatch.setattr(reading, "CONVERTED", 32 * 192)  # several pieces to a matrix
     tensors = expert_tensors(source)
     calls: list[tuple[str, int, int]] = []
     checkpoint = save(tensors, tmp_path)

@@ -154,7 +154,7 @@ def test_the_experts_must_fit_in_ram() -> None:
 
 
 def test_experts_that_must_become_bf16() -> None:
-    model = replace(K25, expert_format="bf16", expert_copy=True)
+    model = replace(K25, expert_format="bf16")
     with pytest.raises(PlacementError, match=r"2\.03 TB are needed for the experts; .*int4$"):
         place(model, WORKSTATION, WISHES)
     entry = place(replace(model, num_hidden_layers=3), WORKSTATION, WISHES).entries[-1]

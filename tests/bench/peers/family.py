@@ -83,6 +83,8 @@ class Family:
 
     def _stop(self) -> None:
         os.kill(self._process.pid, signal.SIGSTOP)
+        # Until all its threads lie still, or it has ended; WNOWAIT leaves that end for Popen to see.
+        os.waitid(os.P_PID, self._process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
 
     def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
         assert self._process.stdin is not None
