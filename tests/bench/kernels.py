@@ -29,8 +29,9 @@ HERE = Path(sys.executable)
 ROWS = (1, 2, 4, 8, 16, 32, 128, 512, 2048)
 SHARE_OF_RAM = 0.6  # of what is free: the contestants' experts, all together
 MUCH_LARGER = 8  # than the caches, so that experts come from memory
-# Bytes that a family keeps for one weight: int4 and its bf16 scales, kt's float32 scales, llama.cpp's two copies.
-BYTES_PER_WEIGHT = {"hybrid": 0.5625, "kt": 0.625, "llama": 1.125, "torch": 2.0}
+# Bytes that a family keeps for one weight: int4 and its bf16 scales, kt's float32 scales, two copies of kt's and
+# llama.cpp's.
+BYTES_PER_WEIGHT = {"hybrid": 0.5625, "kt": 1.25, "llama": 1.125, "torch": 2.0}
 KT_AMX_BYTES_PER_WEIGHT = 1.6  # its int4 and int8 besides
 
 

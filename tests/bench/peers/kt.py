@@ -18,65 +18,61 @@ from tests.bench.peers.child import MATRICES, Job, Variant, Work, serve
 # AVX2RawInt4_MOE allocates float32 scales and nothing else), so there every expert gets a copy that stays.
 RAW_INT4 = (("AMXInt4_KGroup_MOE", None), ("AVXVNNI256RawInt4_MOE", "avx_vnni"), ("AVX2RawInt4_MOE", None))
 REPACKS = "AMXInt4_KGroup_MOE"
-# With as many workers as cores the thread that watches the queue takes time from them. At a lower priority large calls
-# are faster and small ones slower, which wait for it by the scheduler's tick (two idle Zen 3 cores, 2026-11-22: K2.5
-# at one token 63 ms as it comes and 48 ms so, a layer of 7 MB 0.2 ms and 16 ms). So both take part.
-YIELDING = 5
+WATCHER_NICE = 1
 FROM_BF16 = (("kt int4", "AMXInt4_MOE"), ("kt int8", "AMXInt8_MOE"))  # rounds weights anew, one scale for each row
 
 
 def build(work: Work) -> dict[str, tuple[Variant, str]]:
+    """With a worker on every core, and with a core left for the thread that watches the queue, where there are more."""
     flags = _cpu_flags()
-    settings = kt.WorkerPoolConfig()
-    settings.subpool_count, settings.subpool_numa_map = len(work.nodes), list(work.nodes)
-    settings.subpool_thread_count = [len(work.cpus) // len(work.nodes)] * len(work.nodes)
-    cpu = kt.CPUInfer(settings)
-    watchers = _watchers()
     kind = next(name for name, flag in RAW_INT4 if hasattr(kt.moe, name) and (flag is None or flag in flags))
-    about, layer = f"{kt.__cpu_variant__} {kind}", _raw_int4(work, cpu, kind)
-    variants = {"kt rawint4": (layer, about)}
-    if os.geteuid() == 0:  # who else may give a thread its priority back
-        variants = {
-            "kt rawint4": (_at_priority(layer, watchers, 0), about),
-            "kt rawint4 yielding": (
-                _at_priority(layer, watchers, YIELDING),
-                f"{about}, queue thread at nice {YIELDING}",
-            ),
-        }
+    about, source = f"{kt.__cpu_variant__} {kind}", _source(work, copies=kind != REPACKS)
+    per_node = len(work.cpus) // len(work.nodes)
+    cpu = _workers(work, per_node)
+    variants = {"kt rawint4": (_raw_int4(work, cpu, kind, source), about)}
+    if per_node > 1:
+        fewer = _workers(work, per_node - 1)
+        variants["kt rawint4 spare core"] = (_raw_int4(work, fewer, kind, source), f"{about}, one worker fewer")
     if "amx_int8" in flags:
         for name, kind in FROM_BF16:
             variants[name] = (_from_bf16(work, cpu, kind), f"{kt.__cpu_variant__} {kind}")
     return variants
 
 
-def _watchers() -> list[int]:
-    """The thread that watches kt_kernel's queue: it spins beside the pinned workers."""
-    threads = {int(folder.name): (folder / "comm").read_text() for folder in Path("/proc/self/task").iterdir()}
-    return [thread for thread, name in threads.items() if thread != os.getpid() and not name.startswith("numa_")]
+def _workers(work: Work, per_node: int) -> Any:
+    """A pool. The thread that watches its queue spins beside the pinned workers, so it gets a lower priority.
+
+    Two Zen 3 cores, two workers, K2.5 at 32 tokens, three rounds: 1328 ms as it comes, 1149 ms at nice 5 (2026-11-22).
+    At nice 1 large calls are as fast and small ones wait less for that thread.
+    """
+    settings = kt.WorkerPoolConfig()
+    settings.subpool_count, settings.subpool_numa_map = len(work.nodes), list(work.nodes)
+    settings.subpool_thread_count = [per_node] * len(work.nodes)
+    cpu = kt.CPUInfer(settings)
+    for thread in Path("/proc/self/task").iterdir():
+        if int(thread.name) != os.getpid() and not (thread / "comm").read_text().startswith("numa_"):
+            os.setpriority(os.PRIO_PROCESS, int(thread.name), WATCHER_NICE)
+    return cpu
 
 
-def _at_priority(variant: Variant, watchers: list[int], nice: int) -> Variant:
-    def prepare(x: np.ndarray, ids: np.ndarray, weights: np.ndarray) -> Job:
-        for thread in watchers:
-            os.setpriority(os.PRIO_PROCESS, thread, nice)
-        return variant(x, ids, weights)
-
-    return prepare
-
-
-def _raw_int4(work: Work, cpu: Any, kind: str) -> Variant:
-    config, kept = _config(work, cpu), []
+def _source(work: Work, copies: bool) -> dict[str, list[np.ndarray]]:
+    """What each expert is loaded from, by the name that the configuration has for it."""
+    source = {}
     for matrix in MATRICES:
         for part, templates in zip(("projs", "scales"), work.template(matrix), strict=True):
             arrays = [np.array(template) for template in templates]
             every = [arrays[expert % len(arrays)] for expert in range(work.n_experts)]
-            if part == "projs" and kind != REPACKS:
-                every = [array.copy() for array in every]
-            setattr(config, f"{matrix}_{part}", [[array.ctypes.data for array in every]])
-            kept += every
+            source[f"{matrix}_{part}"] = [array.copy() for array in every] if copies and part == "projs" else every
+    return source
+
+
+def _raw_int4(work: Work, cpu: Any, kind: str, source: dict[str, list[np.ndarray]]) -> Variant:
+    config = _config(work, cpu)
+    for name, arrays in source.items():
+        setattr(config, name, [[array.ctypes.data for array in arrays]])
     config.quant_config.bits, config.quant_config.group_size, config.quant_config.zero_point = 4, 32, False
     layer = _loaded(cpu, getattr(kt.moe, kind)(config), torch.arange(work.n_experts))
-    return _variant(work, cpu, layer, kept if kind != REPACKS else [])
+    return _variant(work, cpu, layer, source)
 
 
 def _from_bf16(work: Work, cpu: Any, kind: str) -> Variant:
@@ -87,7 +83,7 @@ def _from_bf16(work: Work, cpu: Any, kind: str) -> Variant:
         setattr(config, f"{matrix}_proj", templates.ctypes.data)
         kept.append(templates)
     order = torch.arange(work.n_experts) % len(kept[0])
-    return _variant(work, cpu, _loaded(cpu, getattr(kt.moe, kind)(config), order), [])
+    return _variant(work, cpu, _loaded(cpu, getattr(kt.moe, kind)(config), order), None)
 
 
 def _config(work: Work, cpu: Any) -> Any:
@@ -102,7 +98,7 @@ def _loaded(cpu: Any, layer: Any, order: torch.Tensor) -> Any:
     return layer
 
 
-def _variant(work: Work, cpu: Any, layer: Any, kept: list[np.ndarray]) -> Variant:
+def _variant(work: Work, cpu: Any, layer: Any, kept: object) -> Variant:
     def prepare(x: np.ndarray, ids: np.ndarray, weights: np.ndarray) -> Job:
         rows = torch.tensor([len(x)], dtype=torch.int32)
         given = torch.from_numpy(x).to(torch.bfloat16)
