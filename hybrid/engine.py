@@ -106,8 +106,11 @@ class Engine:
         )
         for line in store.notices:
             notice(line)
-        progress("compiling expert kernels, or loading them from the cache", 0, 1)
-        return Experts(store, config.pool, topology)
+        stage = "compiling expert kernels, or loading them from the cache"
+        progress(stage, 0, 1)
+        experts = Experts(store, config.pool, topology)
+        progress(stage, 1, 1)
+        return experts
 
     def _answer(self, rows: Sequence[Row], hidden: torch.Tensor) -> tuple[RowOutput, ...]:
         starts = row_starts(rows)

@@ -1,8 +1,8 @@
 """The routed experts of a model: submit one layer's tokens, go on, wait for the sum.
 
 The facade that hybrid talks to: torch tensors in, torch tensors out, on any device. Knows layers by number and
-experts by id, no model and no request. The work is done by kernels.layer on a WorkerPool; this file groups tokens by
-expert, owns the buffers, and counts.
+experts by id, no model and no request. The work is done by kernels.layer on a WorkerPool; this file owns the
+buffers, and counts.
 
 A token whose input holds NaN or an infinity gets NaN in every output with int4 and int8 (its scale becomes NaN); with
 bf16 and fp8 it spreads as float arithmetic has it. The other tokens of the batch are not touched.
@@ -10,6 +10,7 @@ bf16 and fp8 it spreads as float arithmetic has it. The other tokens of the batc
 
 import time
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +18,8 @@ import torch
 
 from offload.config import BLOCKS, GROUP, LINE, MATRICES, Matrix, PoolConfig
 from offload.isa import choose
-from offload.kernels import amx
+from offload.kernels import amx, grouping
+from offload.kernels.grouping import UNKNOWN_EXPERT, begin
 from offload.kernels.layer import ACTIVE_COLUMNS, JOB, SCRATCH_BYTES
 from offload.kernels.table import ManyTokens, kernels
 from offload.pool import WorkerPool
@@ -26,7 +28,7 @@ from offload.store import ExpertStore
 from offload.topology import Topology
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class ExpertStats:
     """Counters since the start; they only grow."""
 
@@ -59,26 +61,10 @@ class Buffer:
             self._memory = np.zeros((1 << n_bytes.bit_length()) + LINE, np.uint8)
         return -(-self._memory.ctypes.data // LINE) * LINE
 
-
-@dataclass(frozen=True, slots=True)
-class Groups:
-    """Tokens by expert."""
-
-    active: npt.NDArray[np.int64]  # (n, 3): expert, first assignment, assignments; experts ascending
-    tokens: npt.NDArray[np.int64]  # (T*K,) in the experts' order; an expert's tokens ascending
-    weights: npt.NDArray[np.float32]  # (T*K,)
-
-    @classmethod
-    def of(cls, ids: npt.NDArray[np.int64], weights: npt.NDArray[np.float32], n_experts: int) -> "Groups":
-        """From the router's ids and weights, both (T, K)."""
-        flat = ids.reshape(-1)
-        order = np.argsort(flat, kind="stable")
-        counts = np.bincount(flat, minlength=n_experts)
-        experts = np.flatnonzero(counts)
-        active = np.empty((len(experts), ACTIVE_COLUMNS), np.int64)
-        active[:, 0], active[:, 2] = experts, counts[experts]
-        active[:, 1] = np.cumsum(active[:, 2]) - active[:, 2]
-        return cls(active, order // max(ids.shape[1], 1), np.ascontiguousarray(weights.reshape(-1)[order]))
+    def array(self, kind: type[np.generic], n: int) -> npt.NDArray[Any]:
+        """The first `n` values."""
+        start = -self._memory.ctypes.data % LINE
+        return self._memory[start : start + n * np.dtype(kind).itemsize].view(kind)
 
 
 class Pending:
@@ -93,7 +79,10 @@ class Pending:
     def wait(self) -> torch.Tensor:
         """Block until the sum is there: (T, D), in x's dtype, on x's device. Raises PoolError when a worker failed."""
         self._experts._finish(self, self._started)
-        return self._result.to(self._like.device, non_blocking=True).to(self._like.dtype)
+        like = self._like
+        if like.device.type == "cpu" and like.dtype == torch.float32:
+            return self._result
+        return self._result.to(like.device, non_blocking=True).to(like.dtype)
 
 
 class Experts:
@@ -107,6 +96,7 @@ class Experts:
         """
         self._store = store
         self.isa = choose(config.isa)
+        grouping.warm()
         self._kernels = kernels(self.isa, store.format, config.precision)
         self._index = {layer: i for i, layer in enumerate(store.layers)}
         self._addresses = np.ascontiguousarray(store.addresses)
@@ -114,12 +104,18 @@ class Experts:
         self._stats = ExpertStats()
         self._hints: dict[int, frozenset[int]] = {}
         self._pending: Pending | None = None
+        self._active, self._tokens, self._weights = Buffer(), Buffer(), Buffer()
         self._x_records, self._h_records, self._scratch = Buffer(), Buffer(), Buffer()
         self._x_rows, self._h_rows, self._panels = Buffer(), Buffer(), Buffer()  # for experts with many tokens
         self._host: dict[str, torch.Tensor] = {}  # pinned staging, by role
         self._pool = WorkerPool(topology.places)
         self._nodes = np.array([place.node for place in topology.places], np.int64)
         self._job = self._new_job()
+        self._job_address = self._job.ctypes.data
+        self._layer_addresses = [layer.ctypes.data for layer in self._addresses]
+        self._ends = np.zeros(store.geometry.n_experts, np.int64)
+        self._room = 0, 0  # tokens and assignments that the buffers hold
+        self._n_active = 0  # experts of the last job
 
     @property
     def n_workers(self) -> int:
@@ -142,15 +138,13 @@ class Experts:
         index = self._find(layer)
         self._check(x, ids, weights)
         values, chosen, shares = self._fetch(x, ids, weights)
-        self._check_ids(chosen)
         result = self._staged("result", x, x.shape, torch.float32)
-        pending = Pending(self, result, x)
-        groups = Groups.of(chosen, shares, self._store.geometry.n_experts)
         if not self._pool.broken:  # a stuck worker may still read the job before this one
-            self._fill(index, values, groups, result)
-        self._pool.submit(self._kernels.layer, self._job.ctypes.data, alive=(self, values, groups, result))
+            self._begin(index, values, chosen, shares, result)
+        pending = Pending(self, result, x)
+        self._pool.submit(self._kernels.layer, self._job_address, alive=(self, values, result))
         self._pending = pending
-        self._count(layer, ids.shape, groups)
+        self._count(layer, ids.shape)
         return pending
 
     def hint(self, layer: int, ids: torch.Tensor) -> None:
@@ -158,15 +152,15 @@ class Experts:
 
         Starts reading them where the store is larger than RAM and they are not in memory. Its hits show in `stats`.
         """
-        index, named = self._find(layer), ids.reshape(-1).cpu().numpy()
+        index, named = self._find(layer), ids.reshape(-1).cpu()
         self._check_ids(named)
         experts = self._hints[layer] = frozenset(named.tolist())
         if not self._store.resident:
-            started = read_ahead(self._ranges(index, experts))
-            self._stats = replace(self._stats, bytes_prefetched=self._stats.bytes_prefetched + started)
+            self._stats.bytes_prefetched += read_ahead(self._ranges(index, experts))
 
     def stats(self) -> ExpertStats:
-        return self._stats
+        """The counters as they are now."""
+        return replace(self._stats)
 
     def close(self) -> None:
         """Finish a running layer, end the workers and close the store, unless a stuck worker may still read there."""
@@ -179,10 +173,10 @@ class Experts:
             raise ValueError(f"layer: {layer} has no routed experts here, layers are {sorted(self._index)}")
         return self._index[layer]
 
-    def _check_ids(self, ids: npt.NDArray[np.integer]) -> None:
+    def _check_ids(self, ids: torch.Tensor) -> None:
         n_experts = self._store.geometry.n_experts
-        if ids.size and not 0 <= ids.min() <= ids.max() < n_experts:
-            raise ValueError(f"ids: experts are 0 to {n_experts - 1}, got {ids.min()} to {ids.max()}")
+        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < n_experts:
+            raise ValueError(f"ids: experts are 0 to {n_experts - 1}, got {int(ids.min())} to {int(ids.max())}")
 
     def _check(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> None:
         if x.ndim != 2 or x.shape[1] != self._store.geometry.hidden:
@@ -194,7 +188,7 @@ class Experts:
 
     def _fetch(
         self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
-    ) -> tuple[torch.Tensor, npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The three on the host, in the types that the workers read."""
         sources = {"x": x.detach().float(), "ids": ids.long(), "weights": weights.detach().float()}
         if x.device.type == "cpu":
@@ -205,7 +199,7 @@ class Experts:
                 host[role].copy_(tensor, non_blocking=True)
             # Also lets an earlier result leave its staging buffer before the workers write there again.
             torch.cuda.current_stream(x.device).synchronize()
-        return host["x"], host["ids"].numpy(), host["weights"].numpy()
+        return host["x"], host["ids"], host["weights"]
 
     def _staged(self, role: str, x: torch.Tensor, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
         """A host tensor: new for a CPU caller, who keeps it; else a part of a pinned buffer that is used again."""
@@ -250,42 +244,53 @@ class Experts:
         job["bf16_inputs"], job["bf16_swiglu"] = many.inputs, many.swiglu
         job["unpack"], job["multiply"] = many.unpack, many.multiply
 
-    def _fill(self, index: int, x: torch.Tensor, groups: Groups, result: torch.Tensor) -> None:
-        job = self._job
-        job["n_tokens"], job["n_active"] = len(x), len(groups.active)
-        job["active"] = groups.active.ctypes.data
-        job["tokens"] = groups.tokens.ctypes.data
-        job["weights"] = groups.weights.ctypes.data
-        job["addresses"] = self._addresses[index].ctypes.data
-        job["x"], job["y"] = x.data_ptr(), result.data_ptr()
-        job["x_records"] = self._x_records.address(len(x) * int(job["gate_up"]["record_bytes"]))
-        job["h_records"] = self._h_records.address(len(groups.tokens) * int(job["down"]["record_bytes"]))
-        if len(groups.active) and groups.active[:, 2].max() >= job["many"]:
-            job["x_rows"] = self._x_rows.address(len(groups.tokens) * int(job["x_row_bytes"]))
-            job["h_rows"] = self._h_rows.address(len(groups.tokens) * int(job["h_row_bytes"]))
+    def _begin(
+        self, index: int, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, result: torch.Tensor
+    ) -> None:
+        """Fill the job. Raises ValueError for ids that are no experts."""
+        n_tokens, k = ids.shape
+        if n_tokens > self._room[0] or n_tokens * k > self._room[1]:
+            self._make_room(n_tokens, n_tokens * k)
+        self._n_active = begin(
+            self._job_address, self._layer_addresses[index], self._store.geometry.n_experts, x.data_ptr(),
+            ids.data_ptr(), weights.data_ptr(), n_tokens, k, result.data_ptr(), self._ends.ctypes.data,
+        )  # fmt: skip
+        if self._n_active == UNKNOWN_EXPERT:
+            self._check_ids(ids)
+
+    def _make_room(self, n_tokens: int, n_assignments: int) -> None:
+        """Let the job's buffers hold so many."""
+        job, n_experts = self._job, self._store.geometry.n_experts
+        n_active = min(n_experts, n_assignments)
+        job["active"] = self._active.address(8 * ACTIVE_COLUMNS * n_active)
+        job["tokens"] = self._tokens.address(8 * n_assignments)
+        job["weights"] = self._weights.address(4 * n_assignments)
+        job["x_records"] = self._x_records.address(n_tokens * int(job["gate_up"]["record_bytes"]))
+        job["h_records"] = self._h_records.address(n_assignments * int(job["down"]["record_bytes"]))
+        job["x_rows"] = self._x_rows.address(n_assignments * int(job["x_row_bytes"]))
+        job["h_rows"] = self._h_rows.address(n_assignments * int(job["h_row_bytes"]))
+        self._room = n_tokens, n_assignments
 
     def _finish(self, pending: Pending, started: float) -> None:
         if self._pending is not pending:
             raise RuntimeError("this layer was waited for already")
         self._pending = None
         self._pool.wait()
-        self._stats = replace(self._stats, seconds=self._stats.seconds + time.perf_counter() - started)
+        self._stats.seconds += time.perf_counter() - started
 
-    def _count(self, layer: int, shape: torch.Size, groups: Groups) -> None:
-        s, n_active = self._stats, len(groups.active)
+    def _count(self, layer: int, shape: torch.Size) -> None:
+        stats = self._stats
+        stats.layers_run += 1
+        stats.tokens += shape[0]
+        stats.assignments += shape.numel()
+        stats.distinct_experts += self._n_active
+        stats.bytes_read += self._n_active * self._expert_bytes
         hinted = self._hints.pop(layer, None)
-        found = 0 if hinted is None else len(hinted.intersection(groups.active[:, 0].tolist()))
-        self._stats = replace(
-            s,
-            layers_run=s.layers_run + 1,
-            tokens=s.tokens + shape[0],
-            assignments=s.assignments + shape.numel(),
-            distinct_experts=s.distinct_experts + n_active,
-            bytes_read=s.bytes_read + n_active * self._expert_bytes,
-            hinted_experts=s.hinted_experts + (0 if hinted is None else len(hinted)),
-            wanted_experts=s.wanted_experts + (0 if hinted is None else n_active),
-            found_experts=s.found_experts + found,
-        )
+        if hinted is not None:
+            ran = self._active.array(np.int64, self._n_active * ACTIVE_COLUMNS)[::ACTIVE_COLUMNS]
+            stats.hinted_experts += len(hinted)
+            stats.wanted_experts += self._n_active
+            stats.found_experts += len(hinted.intersection(ran.tolist()))
 
     def _ranges(self, index: int, experts: frozenset[int]) -> list[tuple[int, int]]:
         """Addresses and sizes of the experts' weights."""

@@ -17,7 +17,6 @@ Called by address from layer.py, compiled by table.py.
 
 # mypy: disallow-untyped-defs=False
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from llvmlite import ir
@@ -33,8 +32,7 @@ from offload.kernels.vector import Emitter, Value
 TOKENS = (1, 2, 3, 4, 8)  # there is a variant for each
 MAX_TOKENS = TOKENS[-1]
 UNIT_SUMS = UNIT_TILES * TILE_ROWS  # sums of one token
-PREFETCH = 2304  # bytes ahead
-NEAR_BYTES = 16384  # of the records that are read again for each tile: half of a 32 KiB first-level cache
+AHEAD = 1152  # bytes to prefetch ahead
 
 
 def tiles_together(isa: Isa, fmt: ExpertFormat, tokens: int) -> int:
@@ -50,7 +48,7 @@ class Column:
 
     lines: Value  # address of its first vector of weights in the block
     scales: Value  # address of its first scales
-    sums: Sequence[Value]  # pointers, by token
+    sums: list[Value]  # pointers, by token
 
 
 class ProductCode:
@@ -66,6 +64,7 @@ class ProductCode:
         self.tokens = tokens
         self.tiles = tiles_together(isa, fmt, tokens)
         self.parts = LINE // e.vector  # vectors of a line
+        self.columns = self.parts if tokens <= 4 else 1  # taken together where sums go through memory
 
     def emit(self, weights: Value, n_blocks: Value, records: Value, out: Value) -> None:
         """All tiles of the unit."""
@@ -101,42 +100,37 @@ class ProductCode:
                     e.store(b.load(kept), target, 4 * UNIT_SUMS * token + e.vector * i)
 
     def _emit_through_memory(self, weights: Value, n_blocks: Value, rows: list[Value], out: Value) -> None:
-        """One column at a time, its sums in `out`, so that all registers serve its tokens.
-
-        Some blocks of all tiles after another, so that the tokens' records are read from the nearest cache.
-        """
+        """Tile by tile, its sums in `out`, so that all registers serve its tokens."""
         e, b = self.e, self.b
         tile_bytes = b.mul(n_blocks, _int(self.block.bytes))
         for token in range(self.tokens):
             for offset in range(0, 4 * UNIT_SUMS, e.vector):
                 e.store(e.constant(0.0, e.floats), out, 4 * UNIT_SUMS * token + offset)
-        run = _int(max(1, NEAR_BYTES // (self.tokens * self.record_bytes)))
-        n_runs = b.udiv(b.add(n_blocks, b.sub(run, _int(1))), run)
-        with cgutils.for_range(b, n_runs, intp=I64) as outer:
-            first = b.mul(outer.index, run)
-            rest = b.sub(n_blocks, first)
-            here = b.select(b.icmp_signed("<", rest, run), rest, run)
-            with cgutils.for_range(b, _int(UNIT_TILES), intp=I64) as tile:
-                start = b.add(weights, b.mul(tile.index, tile_bytes))
-                sums = b.add(out, b.mul(tile.index, _int(4 * TILE_ROWS)))
-                # Blocks and their parts in one loop: LLVM would unroll one over two parts, share what both load and
-                # run out of registers.
-                with cgutils.for_range(b, b.mul(here, _int(self.parts)), intp=I64) as loop:
-                    index = b.add(first, b.udiv(loop.index, _int(self.parts)))
-                    part = b.urem(loop.index, _int(self.parts))
-                    block = b.add(start, b.mul(index, _int(self.block.bytes)))
-                    self._prefetch(
-                        b.add(block, b.mul(part, _int(self.block.bytes // self.parts))), self.block.bytes // self.parts
-                    )
-                    place = b.add(sums, b.mul(part, _int(e.vector)))
-                    kept = [
-                        b.inttoptr(e.at(place, 4 * UNIT_SUMS * token), ir.PointerType(e.floats))
-                        for token in range(self.tokens)
-                    ]
-                    done = b.mul(index, _int(self.record_bytes))
-                    self._emit_block([self._column(block, part, kept)], [b.add(row, done) for row in rows])
+        turns = self.parts // self.columns
+        share = self.block.bytes // turns  # of a block, to prefetch in each turn
+        with cgutils.for_range(b, _int(UNIT_TILES), intp=I64) as tile:
+            start = b.add(weights, b.mul(tile.index, tile_bytes))
+            sums = b.add(out, b.mul(tile.index, _int(4 * TILE_ROWS)))
+            # Blocks and their columns in one loop: LLVM would unroll one over the columns, share what both load and
+            # run out of registers.
+            with cgutils.for_range(b, b.mul(n_blocks, _int(turns)), intp=I64) as loop:
+                index, turn = b.udiv(loop.index, _int(turns)), b.urem(loop.index, _int(turns))
+                block = b.add(start, b.mul(index, _int(self.block.bytes)))
+                self._prefetch(b.add(block, b.mul(turn, _int(share))), share)
+                part = b.mul(turn, _int(self.columns))
+                places = [b.add(part, _int(i)) for i in range(self.columns)]
+                columns = [self._column(block, place, self._pointers(sums, place)) for place in places]
+                done = b.mul(index, _int(self.record_bytes))
+                self._emit_block(columns, [b.add(row, done) for row in rows])
 
-    def _column(self, block: Value, part: Value, sums: Sequence[Value]) -> Column:
+    def _pointers(self, sums: Value, part: Value) -> list[Value]:
+        """Where a column's sums lie, by token."""
+        e, b = self.e, self.b
+        first = b.add(sums, b.mul(part, _int(e.vector)))
+        kind = ir.PointerType(e.floats)
+        return [b.inttoptr(e.at(first, 4 * UNIT_SUMS * token), kind) for token in range(self.tokens)]
+
+    def _column(self, block: Value, part: Value, sums: list[Value]) -> Column:
         b, vector = self.b, self.e.vector
         per_scale = 2 if self.fmt in ("int4", "int8") else 4
         scales = b.add(block, b.mul(part, _int(vector * per_scale // 4)))
@@ -153,7 +147,7 @@ class ProductCode:
 
     def _prefetch(self, address: Value, n_bytes: int) -> None:
         for line in range(0, n_bytes, LINE):
-            self.e.prefetch(address, PREFETCH + line)
+            self.e.prefetch(address, AHEAD + line)
 
     def _load_sum(self, pointer: Value) -> Value:
         value = self.b.load(pointer)
