@@ -19,7 +19,7 @@ import torch
 from offload.config import BLOCKS, GROUP, LINE, MATRICES, Matrix, PoolConfig
 from offload.isa import choose
 from offload.kernels import amx, grouping
-from offload.kernels.grouping import UNKNOWN_EXPERT, begin
+from offload.kernels.grouping import MASKED, UNKNOWN_EXPERT, begin
 from offload.kernels.layer import ACTIVE_COLUMNS, JOB, SCRATCH_BYTES
 from offload.kernels.table import ManyTokens, kernels
 from offload.pool import WorkerPool
@@ -129,8 +129,9 @@ class Experts:
     def submit(self, layer: int, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> Pending:
         """Start y = sum_k weights_k * down(silu(gate x) * up x) for every row of x (T, D).
 
-        `ids` (T, K) are experts of the layer, any integer type; `weights` (T, K) are the router's. x may be on any
-        device and of any float type; on the CPU in float32 it is read in place, so leave it alone until `wait`.
+        `ids` (T, K) are experts of the layer, any integer type, -1 for none; `weights` (T, K) are the router's. x may
+        be on any device and of any float type; on the CPU in float32 it is read in place, so leave it alone until
+        `wait`.
         Raises ValueError for shapes or ids that do not fit and RuntimeError while another layer is running.
         """
         if self._pending is not None:
@@ -154,7 +155,7 @@ class Experts:
         """
         index, named = self._find(layer), ids.reshape(-1).cpu()
         self._check_ids(named)
-        experts = self._hints[layer] = frozenset(named.tolist())
+        experts = self._hints[layer] = frozenset(named.tolist()) - {MASKED}
         if not self._store.resident:
             self._stats.bytes_prefetched += read_ahead(self._ranges(index, experts))
 
@@ -175,8 +176,10 @@ class Experts:
 
     def _check_ids(self, ids: torch.Tensor) -> None:
         n_experts = self._store.geometry.n_experts
-        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < n_experts:
-            raise ValueError(f"ids: experts are 0 to {n_experts - 1}, got {int(ids.min())} to {int(ids.max())}")
+        if ids.numel() and not MASKED <= int(ids.min()) <= int(ids.max()) < n_experts:
+            raise ValueError(
+                f"ids: experts are 0 to {n_experts - 1}, {MASKED} is none, got {int(ids.min())} to {int(ids.max())}"
+            )
 
     def _check(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> None:
         if x.ndim != 2 or x.shape[1] != self._store.geometry.hidden:

@@ -12,15 +12,18 @@ from offload.kernels.intrinsics import NOPYTHON, load_f32, load_i64, store_f32, 
 from offload.kernels.layer import job_at
 
 UNKNOWN_EXPERT = -1
+MASKED = -1  # an id that names no expert: the token does without
 
 
 @njit(**NOPYTHON)
 def count(ids, n, n_experts, ends):
-    """How often each expert is named, into `ends`; False when an id is none of theirs."""
+    """How often each expert is named, into `ends`; False when an id is neither one of theirs nor masked."""
     for expert in range(n_experts):
         store_i64(ends + 8 * expert, 0)
     for i in range(n):
         expert = load_i64(ids + 8 * i)
+        if expert == MASKED:
+            continue
         if expert < 0 or expert >= n_experts:
             return False
         store_i64(ends + 8 * expert, load_i64(ends + 8 * expert) + 1)
@@ -50,6 +53,8 @@ def begin(job_address, addresses, n_experts, x, ids, weights, n_tokens, k, y, en
         start += tokens
     for i in range(n_tokens * k):
         expert = load_i64(ids + 8 * i)
+        if expert == MASKED:
+            continue
         place = load_i64(ends + 8 * expert)
         store_i64(ends + 8 * expert, place + 1)
         store_i64(job.tokens + 8 * place, i // k)

@@ -7,6 +7,9 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 
 from offload.config import ExpertFormat, ExpertGeometry, Isa, PoolConfig, Precision
 from offload.experts import Experts
@@ -182,6 +185,28 @@ def test_an_expert_named_twice_counts_twice(int4: Case) -> None:
     assert np.abs(int4.run(*question) - expected).max() <= tolerance("int4", "a8", expected)
 
 
+@given(st.data())
+@settings(max_examples=60, deadline=None)
+def test_any_sizes_and_any_routing(data: st.DataObject) -> None:
+    """Sizes next to those of tiles and units, experts without tokens, all on one, named twice, masked."""
+    fmt = data.draw(st.sampled_from(FORMATS))
+    whole = fmt in ("int4", "int8")
+    sizes = st.integers(1, 7).map(lambda n: 32 * n) if whole else st.integers(1, 200)
+    geometry = ExpertGeometry(data.draw(st.integers(1, 6)), data.draw(sizes), data.draw(sizes))
+    precision = data.draw(st.sampled_from(PRECISIONS))
+    tokens, k = data.draw(st.integers(1, 21)), data.draw(st.integers(1, 4))
+    ids = data.draw(arrays(np.int64, (tokens, k), elements=st.integers(-1, geometry.n_experts - 1)))
+    seed = data.draw(st.integers(0, 1000))
+    rng, store = np.random.default_rng(seed), memory_store(fmt, geometry, seed=seed)
+    x, weights = rng.standard_normal((tokens, geometry.hidden)), rng.uniform(-1, 1, (tokens, k))
+    case = Case(store, PoolConfig(threads=data.draw(st.integers(1, 3)), precision=precision))
+    got = case.run(x.astype(np.float32), ids, weights)
+    case.experts.close()
+    expected = case.expected(x.astype(np.float32), np.maximum(ids, 0), np.where(ids < 0, 0, weights))
+    scale = case.expected(x.astype(np.float32), np.maximum(ids, 0), np.where(ids < 0, 0, np.abs(weights)))
+    assert np.abs(got - expected).max() <= tolerance(fmt, precision, np.abs(scale) + 0.1)
+
+
 def test_layers_have_their_own_experts(int4: Case) -> None:
     question = routed(np.random.default_rng(4), 3, int4.store.geometry, 2)
     answers = {layer: int4.run(*question, layer=layer) for layer in (LAYER, 8, LAYER)}
@@ -235,8 +260,8 @@ def test_results_are_the_callers_to_keep(int4: Case) -> None:
         (3, (2, 159), [[0], [1]], (2, 1), r"x: expected \(tokens, 160\), got \(2, 159\)"),
         (3, (3, 160), [[0], [1]], (2, 1), r"ids, weights: expected two \(3, k\)"),
         (3, (2, 160), [[0], [1]], (2, 2), r"ids, weights: .*\(2, 2\)"),
-        (3, (2, 160), [[0], [6]], (2, 1), r"ids: experts are 0 to 5, got 0 to 6"),
-        (3, (2, 160), [[-1], [5]], (2, 1), r"ids: experts are 0 to 5, got -1 to 5"),
+        (3, (2, 160), [[0], [6]], (2, 1), r"ids: experts are 0 to 5, -1 is none, got 0 to 6"),
+        (3, (2, 160), [[-2], [5]], (2, 1), r"ids: experts are 0 to 5, -1 is none, got -2 to 5"),
     ],
 )
 def test_what_does_not_fit_is_refused_by_name(int4: Case, layer, x, ids, weights, message) -> None:  # type: ignore[no-untyped-def]
