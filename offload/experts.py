@@ -22,7 +22,7 @@ from offload.kernels import amx, grouping
 from offload.kernels.grouping import MASKED, UNKNOWN_EXPERT, begin
 from offload.kernels.layer import ACTIVE_COLUMNS, JOB, SCRATCH_BYTES
 from offload.kernels.table import ManyTokens, kernels
-from offload.pool import WorkerPool
+from offload.pool import PoolError, WorkerPool
 from offload.prefetch import read_ahead
 from offload.store import ExpertStore
 from offload.topology import Topology
@@ -134,7 +134,7 @@ class Experts:
         `wait`.
         Raises ValueError for shapes or ids that do not fit and RuntimeError while another layer is running.
         """
-        if self._pending is not None:
+        if self._pending is not None or self._pool.busy:  # busy alone: a wait was interrupted
             raise RuntimeError("a layer is running: wait for it before the next submit")
         index = self._find(layer)
         self._check(x, ids, weights)
@@ -184,6 +184,8 @@ class Experts:
     def _check(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> None:
         if x.ndim != 2 or x.shape[1] != self._store.geometry.hidden:
             raise ValueError(f"x: expected (tokens, {self._store.geometry.hidden}), got {tuple(x.shape)}")
+        if ids.is_floating_point():
+            raise ValueError(f"ids: expected integers, got {ids.dtype}")
         if ids.ndim != 2 or ids.shape[0] != x.shape[0] or ids.shape != weights.shape:
             raise ValueError(
                 f"ids, weights: expected two ({x.shape[0]}, k), got {tuple(ids.shape)} and {tuple(weights.shape)}"
@@ -195,7 +197,7 @@ class Experts:
         """The three on the host, in the types that the workers read."""
         sources = {"x": x.detach().float(), "ids": ids.long(), "weights": weights.detach().float()}
         if x.device.type == "cpu":
-            host = {role: tensor.contiguous() for role, tensor in sources.items()}
+            host = {role: tensor.cpu().contiguous() for role, tensor in sources.items()}
         else:
             host = {role: self._staged(role, x, tensor.shape, tensor.dtype) for role, tensor in sources.items()}
             for role, tensor in sources.items():
@@ -272,13 +274,17 @@ class Experts:
         job["h_records"] = self._h_records.address(n_assignments * int(job["down"]["record_bytes"]))
         job["x_rows"] = self._x_rows.address(n_assignments * int(job["x_row_bytes"]))
         job["h_rows"] = self._h_rows.address(n_assignments * int(job["h_row_bytes"]))
-        self._room = n_tokens, n_assignments
+        self._room = max(n_tokens, self._room[0]), max(n_assignments, self._room[1])
 
     def _finish(self, pending: Pending, started: float) -> None:
         if self._pending is not pending:
             raise RuntimeError("this layer was waited for already")
+        try:
+            self._pool.wait()
+        except PoolError:
+            self._pending = None
+            raise
         self._pending = None
-        self._pool.wait()
         self._stats.seconds += time.perf_counter() - started
 
     def _count(self, layer: int, shape: torch.Size) -> None:
@@ -296,11 +302,12 @@ class Experts:
             stats.found_experts += len(hinted.intersection(ran.tolist()))
 
     def _ranges(self, index: int, experts: frozenset[int]) -> list[tuple[int, int]]:
-        """Addresses and sizes of the experts' weights."""
+        """Addresses and sizes of the experts' weights: a node's units of one matrix after another."""
         fmt, geometry, n_nodes = self._store.format, self._store.geometry, self._store.n_nodes
-        sizes = [geometry.node_bytes(node, n_nodes, fmt) for node in range(n_nodes)]
-        return [
-            (int(self._addresses[index, expert, node, 0]), size)
-            for expert in sorted(experts)
-            for node, size in enumerate(sizes)
+        sizes = [
+            len(geometry.units_of(matrix, node, n_nodes)) * geometry.unit_bytes(matrix, fmt)
+            for node in range(n_nodes)
+            for matrix in MATRICES
         ]
+        places = [self._addresses[index, expert].reshape(-1).tolist() for expert in sorted(experts)]
+        return [(at, size) for of_expert in places for at, size in zip(of_expert, sizes, strict=True) if size]

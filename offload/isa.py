@@ -1,8 +1,8 @@
 """Which tier of expert kernels this machine may run.
 
 The answer decides correctness, not speed: a tier that the processor or the operating system lacks would end in an
-illegal instruction. Knows nothing about kernels, formats or threads. Called by the expert pool at start-up and by
-placement's hardware probe.
+illegal instruction. Knows nothing about kernels, formats or threads. Called by experts.py and kt_worker.py at
+start-up.
 """
 
 import ctypes

@@ -2,11 +2,12 @@
 
 A job is the address of a C function (pool, argument, worker) -> status; what it does is the caller's business
 (kernels.layer for the experts). Workers run without the interpreter lock; the thread that submits is free until it
-waits. Used by experts.py, and by placement to measure rates.
+waits. Used by experts.py, and by benches to measure rates.
 
 A worker that is stuck (a dead disk under a mapping, a fault in a job) is an error and not a hang: whoever waits looks
-now and then whether any task was taken, and gives the job up when none was for `stuck_seconds`. A job that is only
-slow never trips it. The pool is broken from then on, and the stuck thread keeps what its job reads alive.
+now and then whether any task was taken or got on (sync.tick), and gives the job up when nothing did for
+`stuck_seconds`. A job that is only slow does not trip it. The pool is broken from then on, and the stuck thread keeps
+what its job reads alive.
 """
 
 import contextlib
@@ -47,7 +48,6 @@ class WorkerPool:
         self._lines = memory[start : start + n_bytes].view(np.int64).reshape(-1, sync.LINE // 8)
         self._address = self._lines.ctypes.data
         self._write(sync.N_WORKERS, self.n_workers)
-        self._write(sync.N_NODES, 1 + max(place.node for place in places))
         self._write(sync.FUTEX, sync.FUTEX_NUMBERS.get(platform.machine(), 0) if os.name == "posix" else 0)
         self._write(sync.PATIENCE, int(self._sleep), int(self._sleep % 1 * 1e9))
         self._busy = False
@@ -55,14 +55,20 @@ class WorkerPool:
         self._broken = ""  # why the pool takes no more jobs
         self._cause: BaseException | None = None
         self._stuck: tuple[int, ...] = ()
-        self._argument = 0  # of the last job, and what it reads
-        self._alive: object = None
+        self._alive: object = None  # what the running job reads
         self._threads = [
             threading.Thread(target=self._run, args=(i, place.cpu), name=f"expert-{i}", daemon=True)
             for i, place in enumerate(places)
         ]
-        for thread in self._threads:
-            thread.start()
+        for i, thread in enumerate(self._threads):
+            try:
+                thread.start()
+            except RuntimeError as error:
+                self._threads = self._threads[:i]
+                self.close()
+                raise PoolError(
+                    f"only {i} of {len(places)} workers could be started ({error}): give fewer threads"
+                ) from error
 
     @property
     def n_workers(self) -> int:
@@ -72,6 +78,11 @@ class WorkerPool:
     def broken(self) -> bool:
         """True when workers may still be in a job that was given up: what it reads must not be unmapped."""
         return self._broken != ""
+
+    @property
+    def busy(self) -> bool:
+        """True from submit until wait has seen the job's end."""
+        return self._busy
 
     def submit(self, function: int, argument: int, alive: object = None) -> None:
         """Start the C function at address `function` on every worker. Returns at once.
@@ -85,7 +96,7 @@ class WorkerPool:
         if self._busy:
             raise PoolError("a job is running: wait for it before the next submit")
         self._busy = True
-        self._argument, self._alive = argument, alive
+        self._alive = alive
         sync.dispatch(self._address, function, argument)
 
     def wait(self) -> None:
@@ -109,8 +120,7 @@ class WorkerPool:
             with contextlib.suppress(PoolError):
                 self.wait()
         self._closed = True
-        # With the last job's argument: a worker may be about to start that job while another one's thread is gone.
-        sync.dispatch(self._address, 0, self._argument)
+        sync.dismiss(self._address)
         for worker, thread in enumerate(self._threads):
             if worker not in self._stuck:
                 thread.join()
@@ -129,8 +139,9 @@ class WorkerPool:
                 return
 
     def _progress(self) -> int:
-        """Grows whenever a worker takes a task, comes to a barrier or ends the job."""
-        return int(self._lines[sync.DONE // sync.LINE : sync.WORKERS // sync.LINE, 0].sum())
+        """Grows whenever a worker takes a task, gets on with one, comes to a barrier or ends the job."""
+        shared = self._lines[sync.DONE // sync.LINE : sync.WORKERS // sync.LINE, 0]
+        return int(shared.sum() + self._lines[sync.WORKERS // sync.LINE :, sync.TICKS // 8].sum())
 
     def _unfinished(self) -> tuple[int, ...]:
         """Workers that are still in the job."""

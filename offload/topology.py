@@ -14,6 +14,7 @@ from pathlib import Path
 
 from offload.kernels.sync import MAX_NODES
 
+MOST_THREADS = 1024
 SYSTEM, PROCESS = Path("/sys"), Path("/proc/self")
 
 
@@ -40,8 +41,8 @@ def find_topology(
 
     `allowed` are the CPUs to choose from, None those of this process. Raises ValueError for `threads` below 1.
     """
-    if threads is not None and threads < 1:
-        raise ValueError(f"threads: {threads} workers cannot run anything, give 1 or more, or leave it out")
+    if threads is not None and not 1 <= threads <= MOST_THREADS:
+        raise ValueError(f"threads: expected 1 to {MOST_THREADS} workers, got {threads}; leave it out for one a core")
     cores = physical_cores(allowed_cpus() if allowed is None else allowed, system)
     quota = cpu_quota(system, process)
     granted = len(cores) if quota is None else min(len(cores), max(1, int(quota)))

@@ -2,9 +2,9 @@
 
 The only `__init__` of the tree that does something: it names the directory where numba keeps compiled code, before
 any kernel is defined. `cache=True` looks at the file of the function itself and not at its callees (an edited callee
-kept giving the old answer), so the directory carries a hash of every kernel source, of numba and of the processor.
-It must be one that can be written: numba else falls back to `__pycache__` beside the sources, without the hash, or
-refuses to compile.
+kept giving the old answer), so the directory carries a hash of every kernel source, of the layout, of numba and of
+the processor. It must be one that can be written: numba else falls back to `__pycache__` beside the sources, without
+the hash, or refuses to compile.
 """
 
 import hashlib
@@ -21,7 +21,8 @@ from numba.core import config
 def cache_directory(base: Path) -> Path:
     """Where compiled kernels of exactly these sources, this numba and this processor lie under `base`."""
     digest = hashlib.sha256()
-    for source in sorted(Path(__file__).parent.glob("*.py")):
+    here = Path(__file__).parent
+    for source in (*sorted(here.glob("*.py")), here.parent / "config.py"):  # the latter holds the sizes of the layout
         digest.update(source.name.encode() + b"\0" + source.read_bytes())
     cpu = config.CPU_NAME or binding.get_host_cpu_name()
     features = config.CPU_FEATURES if config.CPU_FEATURES is not None else binding.get_host_cpu_features().flatten()

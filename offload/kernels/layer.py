@@ -31,7 +31,7 @@ from offload.kernels.intrinsics import (
     store_i64,
 )
 from offload.kernels.product import MAX_TOKENS, TOKENS, UNIT_SUMS
-from offload.kernels.sync import MAX_NODES, barrier, take
+from offload.kernels.sync import MAX_NODES, barrier, take, tick
 
 MATRIX = np.dtype(
     [
@@ -234,6 +234,7 @@ def down(pool, job, node, worker, scratch):
             for r in range(first, first + rows):
                 store_f32(job.y + 4 * (token * hidden + r), np.float32(0))
         for active in range(job.active, job.active + 24 * job.n_active, 24):
+            tick(pool, worker)
             place = job.addresses + 16 * (load_i64(active) * job.n_nodes + node)
             unit = load_i64(place + 8) + task * matrix.unit_bytes
             start, count = load_i64(active + 8), load_i64(active + 16)

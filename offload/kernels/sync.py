@@ -31,14 +31,15 @@ LINE = 64  # bytes, one cache line
 MAX_NODES = 8  # memory nodes: two sockets of four
 GENERATION = 0 * LINE  # waitable: job number, changes when a job is published
 CONTROL = 1 * LINE  # two lines, written by the submitter, read by all
-N_WORKERS, N_NODES, FUNCTION, ARGUMENT, FUTEX, STATUS, GONE = (CONTROL + 8 * i for i in range(7))
+N_WORKERS, FUNCTION, ARGUMENT, FUTEX, STATUS, GONE = (CONTROL + 8 * i for i in range(6))
 PATIENCE = CONTROL + LINE  # a timespec: the longest sleep of a submitter, before it looks whether anybody moved
 DONE = 3 * LINE  # waitable: workers that have finished the job
 BARRIERS = 4 * LINE  # two waitable lines
 N_BARRIERS = 2
 COUNTERS = 6 * LINE  # task counters: four kinds, one of each for every node
 N_COUNTERS = 4
-WORKERS = COUNTERS + N_COUNTERS * MAX_NODES * LINE  # a line for each worker: the last generation it finished
+WORKERS = COUNTERS + N_COUNTERS * MAX_NODES * LINE  # a line for each worker: the last generation it finished, its ticks
+TICKS = 8  # byte offset within a worker's line
 
 SLEEPERS = 8  # byte offset of the sleepers count within a waitable line
 # How often to look before sleeping. Workers that meet in a job have a core each: 20 us (Zen 3) to 50 us (Intel since
@@ -121,9 +122,16 @@ def take(pool, counter, node):
 
 
 @njit(**NOPYTHON)
+def tick(pool, worker):
+    """Show that this worker gets on, within a long task."""
+    atomic_add(pool + WORKERS + worker * LINE + TICKS, 1)
+
+
+@njit(**NOPYTHON)
 def abort(pool, status):
-    """Mark the job as failed and release every worker from its barriers."""
-    atomic_store(pool + STATUS, status)
+    """Mark the job as failed, unless it is already, and release every worker from its barriers."""
+    if atomic_load(pool + STATUS) == 0:
+        atomic_store(pool + STATUS, status)
     for index in range(N_BARRIERS):
         atomic_add(pool + BARRIERS + index * LINE, ABORTED)
         wake(pool, pool + BARRIERS + index * LINE)
@@ -151,12 +159,20 @@ def dispatch(pool, function, argument):
     for index in range(N_BARRIERS):
         atomic_store(pool + BARRIERS + index * LINE, 0)
     for counter in range(N_COUNTERS):
-        for node in range(atomic_load(pool + N_NODES)):
+        for node in range(MAX_NODES):
             atomic_store(pool + COUNTERS + (counter * MAX_NODES + node) * LINE, 0)
     atomic_store(pool + DONE, 0)
     atomic_store(pool + STATUS, 0)
     atomic_store(pool + FUNCTION, function)
     atomic_store(pool + ARGUMENT, argument)
+    atomic_add(pool + GENERATION, 1)
+    wake(pool, pool + GENERATION)
+
+
+@njit(cache=True, **NOPYTHON)
+def dismiss(pool):
+    """End every worker that is not in a job, and the others after it. Resets nothing: some may still be in one."""
+    atomic_store(pool + FUNCTION, 0)
     atomic_add(pool + GENERATION, 1)
     wake(pool, pool + GENERATION)
 
@@ -180,5 +196,6 @@ def warm() -> None:
     """Compile, or load from the cache, what Python calls; nothing is compiled when this file is imported."""
     serve.compile("void(int64, int64)")
     dispatch.compile("void(int64, int64, int64)")
+    dismiss.compile("void(int64)")
     join.compile("boolean(int64)")
     release.compile("void(int64, int64)")

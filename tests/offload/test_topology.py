@@ -171,7 +171,7 @@ def test_the_smallest_quota_of_all_parents(
 
 
 def test_no_thread_is_refused() -> None:
-    with pytest.raises(ValueError, match="threads: 0"):
+    with pytest.raises(ValueError, match="threads: expected 1 to 1024 workers, got 0"):
         find_topology(0)
 
 
