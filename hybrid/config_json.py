@@ -22,7 +22,7 @@ def read_object(path: Path) -> Mapping[str, object]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file; --model must name a Hugging Face checkpoint directory") from None
+        raise ConfigError(f"{path}: no such file; a model is a Hugging Face checkpoint directory") from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
     except ValueError as error:

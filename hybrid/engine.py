@@ -18,12 +18,14 @@ from hybrid.kv import allocate
 from hybrid.model import build_model
 from hybrid.sampler import sample_rows, score
 from hybrid.weights import load_weights
-from offload.backends import choose
+from offload.backends import Backend, BackendError, choose
 from offload.checkpoint import Checkpoint
 from offload.experts import Experts
-from offload.kt import KtExperts, Published
+from offload.isa import choose as choose_isa
+from offload.kt import INSTALL, KtExperts, Published
+from offload.pool import PoolError
 from offload.store import open_store
-from offload.topology import find_topology
+from offload.topology import Topology, find_topology
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -48,16 +50,21 @@ class Engine:
     ) -> None:
         """Load everything; `progress(stage, bytes done, bytes in all)` and `notice(line)` report meanwhile.
 
-        Raises ConfigError or CheckpointError, one line for the user each.
+        Raises ConfigError, CheckpointError, BackendError or a plain ValueError, one line for the user each.
         """
         self._config = config
         self._device = _device(config.device)
         dtype = DTYPES[config.dtype]
         self.model = ModelConfig.from_directory(config.model)
         self._checkpoint = Checkpoint(config.model)
+        choose_isa(config.pool.isa)  # a tier that cannot run is refused before anything is read
+        topology = find_topology(config.pool.threads)
+        backend, line = choose(config.experts, self._published(), config.expert_format, config.pool, topology)
+        if line:
+            notice(line)
         # Weights first: they are the smaller part, and tell soonest that checkpoint and config.json do not fit.
         tensors = load_weights(self._checkpoint, self.model, self._device, dtype, progress, notice)
-        self._experts = self._open_experts(progress, notice)
+        self._experts = self._open_experts(backend, topology, progress, notice)
         self._transformer = build_model(self.model, tensors, self._experts, config.mla)
         self._cache = allocate(self.model, config.n_pages, config.page_size, dtype, self._device)
 
@@ -83,18 +90,22 @@ class Engine:
         self._experts.close()
         self._checkpoint.close()
 
-    def _open_experts(self, progress: Progress, notice: Notice) -> Experts | KtExperts:
-        """The routed experts, run by our kernels or by kt-kernel."""
-        config, model = self._config, self.model
-        topology = find_topology(config.pool.threads)
-        published = Published(
+    def _published(self) -> Published:
+        model = self.model
+        return Published(
             self._checkpoint, model.expert_name, model.expert_geometry, model.moe_layers, model.num_experts_per_tok
         )
-        backend, line = choose(config.experts, published, config.expert_format, config.pool, topology)
-        if line:
-            notice(line)
+
+    def _open_experts(
+        self, backend: Backend, topology: Topology, progress: Progress, notice: Notice
+    ) -> Experts | KtExperts:
+        """The routed experts, run by our kernels or by kt-kernel."""
+        config, model = self._config, self.model
         if backend == "kt":
-            return KtExperts(published, topology, progress)
+            try:
+                return KtExperts(self._published(), topology, progress)
+            except PoolError as error:
+                raise BackendError(f"--experts kt: {error}; use --experts numba, or reinstall: {INSTALL}") from error
         store = open_store(
             self._checkpoint,
             model.expert_name,

@@ -45,7 +45,7 @@ def choose(
         if asked == "kt":
             raise BackendError(f"--experts kt needs kt-kernel: {INSTALL}")
         return "numba", "--experts auto: numba is used: kt-kernel is not installed"
-    reason = refusal(published, target)
+    reason = _unheard(pool) or refusal(published, target)
     if asked == "kt":
         if reason is not None:
             raise BackendError(f"--experts kt: {reason}; use --experts numba")
@@ -56,6 +56,15 @@ def choose(
         return decide(*try_both(published, pool, topology))
     except PoolError as error:
         return "numba", f"--experts auto: numba is used: {error}"
+
+
+def _unheard(pool: PoolConfig) -> str | None:
+    """The wish that kt-kernel would not heed."""
+    if pool.precision != "a8":
+        return f"it chooses its activations itself, not by --expert-precision {pool.precision}"
+    if pool.isa is not None:
+        return f"it chooses its instructions itself, not by --isa {pool.isa}"
+    return None
 
 
 def decide(numba: Times, kt: Times) -> tuple[Backend, str]:

@@ -53,12 +53,12 @@ def choose(requested: Isa | None = None, flags: frozenset[str] | None = None) ->
     if requested is None:
         return next(tier for tier in tiers if tier != "amx")
     if requested not in REQUIRED:
-        raise ValueError(f"isa: {requested!r} is not a kernel tier, choose one of {', '.join(get_args(Isa))}")
+        raise ValueError(f"--isa: {requested!r} is not a kernel tier, choose one of {', '.join(get_args(Isa))}")
     if requested not in tiers:
         missing = ", ".join(sorted(REQUIRED[requested] - have))
-        raise ValueError(f"isa: {requested} cannot run on this machine (no {missing}), choose {' or '.join(tiers)}")
+        raise ValueError(f"--isa: {requested} cannot run on this machine (no {missing}), choose {' or '.join(tiers)}")
     if requested == "amx" and not permit_amx():
-        raise ValueError(f"isa: the operating system does not permit amx, choose {' or '.join(tiers[1:])}")
+        raise ValueError(f"--isa: the operating system does not permit amx, choose {' or '.join(tiers[1:])}")
     return requested
 
 

@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass, replace
 from importlib import util
 
 import numpy as np
-import psutil
 import torch
 
 from offload.checkpoint import Checkpoint
@@ -19,6 +18,7 @@ from offload.child import Child
 from offload.config import GROUP, PROJECTIONS, ExpertGeometry
 from offload.experts import ExpertStats
 from offload.kt_worker import PACKAGE, REQUEST, Regions, Setup
+from offload.ram import ram
 from offload.sources import Prefix, Target, find_experts, formats
 from offload.store import Progress
 from offload.topology import Topology
@@ -68,7 +68,7 @@ def refusal(published: Published, target: Target) -> str | None:
             f"it needs sizes that are multiples of {STEP}, and hidden_size is {geometry.hidden}, "
             f"moe_intermediate_size {geometry.inner}"
         )
-    available = psutil.virtual_memory().available
+    available = ram()[1]
     if published.n_bytes > available:
         return f"its experts take {published.n_bytes / 1e9:.1f} GB of RAM, and {available / 1e9:.1f} GB are free"
     return None

@@ -12,11 +12,13 @@ A file that belongs to other shards, another version or another model is never u
 """
 
 import ctypes
+import errno
 import fcntl
 import hashlib
 import json
 import mmap
 import os
+import shlex
 import shutil
 import struct
 import threading
@@ -26,13 +28,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 
 from offload.checkpoint import MADV_POPULATE_READ, READ_AHEAD, Checkpoint, CheckpointError
 from offload.config import ExpertFormat, ExpertGeometry
 from offload.kernels.pack import aligned
 from offload.numa import HUGE_PAGE, address_of
 from offload.pipeline import ask_disk, pipeline
+from offload.ram import ram
 from offload.reading import ExpertReader
 from offload.requantise import Squares, error_notice
 from offload.sources import Source, packed_path
@@ -87,7 +89,7 @@ class Contents:
         """What the user runs to get the file."""
         wanted = f" --expert-format {self.format}" if self.format in ("int8", "int4") else ""
         native = self.published == self.format or self.format == "bf16"
-        return f"hybrid pack {directory}{'' if native else wanted}"
+        return f"hybrid pack {shlex.quote(str(directory))}{'' if native else wanted}"
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:
@@ -119,7 +121,7 @@ def usable(directory: Path, contents: Contents, notices: list[str]) -> bool:
             raise _damaged(path, "a layer is missing", command)
         return True
     if different == ["fingerprint"]:
-        why = "the shards have changed since it was written"
+        why = "the shards are others, or newer, than those it was made from"
     else:
         key = different[0]
         why = f"its {key} is {found.get(key)!r:.60}, this model's is {wanted[key]!r:.60}"
@@ -167,7 +169,7 @@ def open_mapped(directory: Path, contents: Contents, progress: Progress, notices
     notices += error_notices(directory, contents)
     with path.open("rb") as file:
         mapped = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))[DATA_AT:]
-        available = psutil.virtual_memory().available
+        available = ram()[1]
         if contents.n_bytes > available:
             notices.append(
                 f"experts take {contents.n_bytes / 1e9:.1f} GB and {available / 1e9:.1f} GB of RAM are free: "
@@ -213,16 +215,21 @@ def write(directory: Path, contents: Contents, reader: ExpertReader, progress: P
             os.close(file)
         _sync_directory(directory)
     except OSError as error:
-        raise CheckpointError(f"{partial}: cannot be written ({error.strerror}); check the disk") from error
+        remedy = "run it again when that is mended, it goes on where it stopped"
+        if error.errno in (errno.EROFS, errno.EACCES):
+            remedy = "the directory must be writable: make one that is, with links to the shards and the other files"
+        raise CheckpointError(f"{partial}: cannot be written ({error.strerror}); {remedy}") from error
 
 
 def _check_space(partial: Path, contents: Contents) -> None:
     there = partial.stat().st_blocks * 512 if partial.exists() else 0
     needed, free = DATA_AT + contents.n_bytes - there, shutil.disk_usage(partial.parent).free
     if needed > free:
+        final = partial.with_suffix("")
+        outdated = f": {final.name} is out of date and may be deleted" if final.exists() else ""
         raise CheckpointError(
             f"{partial.parent}: the packed experts take {needed / 1e9:.2f} GB and {free / 1e9:.2f} GB of the disk are "
-            "free; make room there"
+            f"free; make room there{outdated}"
         )
 
 

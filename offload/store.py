@@ -10,12 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import psutil
 
 from offload import packed
 from offload.checkpoint import Checkpoint, CheckpointError
 from offload.config import MATRICES, ExpertFormat, ExpertGeometry
 from offload.numa import address_of, huge_memory, prefer_node
+from offload.ram import ram
 from offload.reading import ExpertReader
 from offload.requantise import Squares, error_notice
 from offload.sources import Prefix, Target, find_experts, formats, packed_path
@@ -89,6 +89,15 @@ def open_store(
     return ExpertStore(geometry, contents.format, layers, addresses, owners, resident, notices)
 
 
+def packed_is_used(
+    checkpoint: Checkpoint, prefix: Prefix, geometry: ExpertGeometry, layers: Sequence[int], target: Target
+) -> bool:
+    """Whether `open_store` would map a packed file. Raises CheckpointError where there is a damaged one."""
+    if not packed_path(checkpoint.directory, formats(checkpoint, prefix, layers, target)[1]).exists():
+        return False
+    return packed.usable(checkpoint.directory, _contents(checkpoint, prefix, geometry, layers, target), [])
+
+
 def pack_store(
     checkpoint: Checkpoint,
     prefix: Prefix,
@@ -123,7 +132,7 @@ def _reader(checkpoint: Checkpoint, prefix: Prefix, c: packed.Contents) -> Exper
 
 def _check_room(checkpoint: Checkpoint, contents: packed.Contents, published: int) -> bool:
     """Whether the shards' pages must leave the system's cache to make room; refuses what does not fit at all."""
-    available = psutil.virtual_memory().available
+    available = ram()[1]
     if contents.n_bytes > available:
         raise CheckpointError(
             f"the experts take {contents.n_bytes / 1e9:.1f} GB in memory and {available / 1e9:.1f} GB of RAM are free; "

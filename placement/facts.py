@@ -5,10 +5,9 @@ only where a CUDA device is in question). Measures no speeds. The engine process
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
-import psutil
+from offload.ram import ram
 
 Device = Literal["cpu", "cuda"]
 
@@ -44,47 +43,3 @@ def read_facts(device: Literal["auto", "cpu", "cuda"]) -> Facts:
                 "--device cuda: torch sees no CUDA device here; use --device cpu, or install a CUDA build"
             )
     return Facts("cpu", "CPU", total, free, total, free)
-
-
-def ram(proc: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> tuple[int, int]:
-    """(total, free) bytes of RAM this process may use; page cache counts as free."""
-    memory = psutil.virtual_memory()
-    total, free = int(memory.total), int(memory.available)
-    for group in _groups(proc, root):
-        limit = _number(group / "memory.max")
-        used = _number(group / "memory.current")
-        if limit is not None and used is not None:
-            total = min(total, limit)
-            free = min(free, max(0, limit - used + _cached(group / "memory.stat")))
-    return total, free
-
-
-def _groups(proc: Path, root: Path) -> list[Path]:
-    """This process's control group (version 2) and its parents: each may bound it."""
-    try:
-        lines = proc.read_text().splitlines()
-    except OSError:
-        return []
-    name = next((line[3:] for line in lines if line.startswith("0::")), None)
-    if name is None:
-        return []
-    group = root / name.lstrip("/")
-    return [group, *(parent for parent in group.parents if parent == root or root in parent.parents)]
-
-
-def _number(path: Path) -> int | None:
-    """None where the file is absent or says `max`."""
-    try:
-        text = path.read_text().strip()
-    except OSError:
-        return None
-    return int(text) if text.isdigit() else None
-
-
-def _cached(path: Path) -> int:
-    """File pages charged to a group: the kernel drops them before it kills."""
-    try:
-        pairs = [line.split() for line in path.read_text().splitlines()]
-    except OSError:
-        return 0
-    return sum(int(value) for name, value in pairs if name in ("active_file", "inactive_file"))

@@ -20,6 +20,7 @@ from typing import Literal
 
 from hybrid.batch import Batch, StepOutput
 from hybrid.config import EngineConfig, ModelConfig
+from offload.checkpoint import Checkpoint
 from offload.config import PoolConfig
 from offload.sources import packed_path
 from placement.facts import read_facts
@@ -196,7 +197,7 @@ def build_engine(settings: ServerSettings, progress: OnProgress, notice: OnNotic
     dtype = settings.dtype
     if dtype == "auto":
         dtype = "bfloat16" if facts.device == "cuda" else "float32"
-    placement = place(model, facts, _wishes(settings, model, dtype))
+    placement = place(model, facts, _wishes(settings, dtype, _maps_packed_file(settings, model)))
     notice(placement.table())
     config = EngineConfig(
         model=settings.model,
@@ -219,8 +220,23 @@ def build_engine(settings: ServerSettings, progress: OnProgress, notice: OnNotic
     return Built(engine.step, engine.close, sizes, max_model_len, facts.device_name)
 
 
-def _wishes(settings: ServerSettings, model: ModelConfig, dtype: Literal["bfloat16", "float32"]) -> Wishes:
+def _maps_packed_file(settings: ServerSettings, model: ModelConfig) -> bool:
+    """Whether the experts will come from the file of `hybrid pack`."""
+    from offload.store import packed_is_used
+
     fmt = model.expert_format if settings.expert_format == "native" else settings.expert_format
+    if settings.experts == "kt" or not packed_path(settings.model, fmt).exists():
+        return False
+    checkpoint = Checkpoint(settings.model)
+    try:
+        return packed_is_used(
+            checkpoint, model.expert_name, model.expert_geometry, model.moe_layers, settings.expert_format
+        )
+    finally:
+        checkpoint.close()
+
+
+def _wishes(settings: ServerSettings, dtype: Literal["bfloat16", "float32"], packed: bool) -> Wishes:
     return Wishes(
         dtype=dtype,
         expert_target=settings.expert_format,
@@ -229,5 +245,5 @@ def _wishes(settings: ServerSettings, model: ModelConfig, dtype: Literal["bfloat
         max_batch_tokens=settings.max_batch_tokens,
         kv_bytes=settings.kv_memory,
         page_size=settings.page_size,
-        packed=packed_path(settings.model, fmt).exists(),
+        packed=packed,
     )

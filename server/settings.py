@@ -48,7 +48,10 @@ class ServerSettings:
         metadata={"help": "who runs the routed experts: our kernels, kt-kernel, or what a short trial finds faster"},
     )
     isa: ExpertIsa = field(
-        default="auto", metadata={"help": "instructions of our expert kernels; auto takes the best that can run here"}
+        default="auto",
+        metadata={
+            "help": "instructions of our expert kernels; auto takes the best that can run here, amx only if named"
+        },
     )
     threads: int | None = field(
         default=None,

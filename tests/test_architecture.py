@@ -16,7 +16,7 @@ TESTS = tuple(sorted((REPO / "tests").rglob("*.py")))
 TORCH_FREE = {
     *(path for path in SOURCES if path.parts[-2] == "server"),
     *(REPO / "hybrid" / f"{name}.py" for name in ("batch", "pages", "config", "config_json", "random_checkpoint")),
-    *(REPO / "offload" / f"{name}.py" for name in ("config", "formats", "checkpoint", "kt_worker")),
+    *(REPO / "offload" / f"{name}.py" for name in ("config", "formats", "checkpoint", "kt_worker", "ram")),
     *(REPO / "placement" / f"{name}.py" for name in ("facts", "ledger")),
 }
 TERMINAL = {REPO / "server" / "__main__.py", REPO / "server" / "chat_client.py"}  # may print

@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 
 from offload.config import ExpertGeometry
-from offload.isa import available, cpu_flags
+from offload.isa import available, choose, cpu_flags
 from offload.topology import find_topology
 from tests.bench import figures, machine
 from tests.bench.contest import Contest
@@ -132,7 +132,7 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--threads", type=int, help="workers of each contestant (default: one for each physical core)")
     parser.add_argument(
-        "--tiers", type=_words, default=available()[:1], help="of our kernels, as avx2,portable (default: the best)"
+        "--tiers", type=_words, default=(choose(),), help="of our kernels, as avx2,portable (default: as in serving)"
     )
     parser.add_argument("--peers", type=_words, default=("kt", "llama", "torch"), help="who else runs (default: all)")
     parser.add_argument("--kt-python", type=Path, default=HERE, help="interpreter that has kt_kernel")

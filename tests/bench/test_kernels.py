@@ -102,7 +102,8 @@ def test_a_contest(work: Work) -> None:
         contest.check()
         for rows in ROWS:
             contest.round(0, rows, 1e10, call_limit=100.0)
-        assert {child.status() for child in psutil.Process().children()} == {psutil.STATUS_STOPPED}
+        ours = [c for c in psutil.Process().children() if any("tests.bench.peers" in word for word in c.cmdline())]
+        assert len(ours) == 2 and {child.status() for child in ours} == {psutil.STATUS_STOPPED}
     limits = {"hybrid portable a8": 0.03, "hybrid portable a16": 2e-4, "torch bf16": 0.01}
     for name, limit in limits.items():
         assert all(error < limit for error in contest.accuracy[name].values()), (name, contest.accuracy[name])

@@ -1,5 +1,6 @@
 """Packing against the obvious layout, on sources that end where readable memory ends."""
 
+import hashlib
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 
 from offload.config import BLOCKS, MATRICES, PROJECTIONS, ExpertFormat, ExpertGeometry
 from offload.kernels.pack import MEMBERS, aligned, pack_expert, pack_units
+from offload.packed import VERSION
 from tests.reference import packing
 from tests.reference.expert_memory import guarded, quantised
 
@@ -61,3 +63,20 @@ def test_threads_pack_side_by_side() -> None:
         jobs = [(fmt, pool.submit(pack_expert, fmt, geometry, every[fmt])) for fmt in list(BLOCKS) * 5]  # type: ignore[arg-type]
         found = [(fmt, job.result().tobytes()) for fmt, job in jobs]
     assert len(set(found)) == len(BLOCKS)
+
+
+# A packed file of an older layout must not be read as one of today's: whoever changes a digest raises packed.VERSION.
+DIGESTS = {"int4": "87a2191e53231b34", "int8": "58935b2a73365b45", "bf16": "7b7700205853e321", "fp8": "81bc0300b1957b1d"}
+
+
+@pytest.mark.parametrize("fmt", DIGESTS)
+def test_the_layout_is_that_of_its_version(fmt: ExpertFormat) -> None:
+    geometry, rng = ExpertGeometry(1, 96, 160), np.random.default_rng(0)
+    matrices = {}
+    for projection in PROJECTIONS:
+        data, scales = quantised(fmt, np.ones(geometry.shape(projection), np.float32))
+        for array in (data, *([] if scales is None else [scales])):
+            array.view(np.uint8)[:] = rng.integers(0, 256, array.view(np.uint8).shape, np.uint8)
+        matrices[projection] = data, scales
+    digest = hashlib.sha256(pack_expert(fmt, geometry, matrices)).hexdigest()[:16]
+    assert (VERSION, digest) == (1, DIGESTS[fmt])

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from offload import packed
+from offload import packed, store
 from offload.checkpoint import Checkpoint, CheckpointError
 from offload.sources import Target
 from offload.store import ExpertStore, open_store, pack_store
@@ -100,7 +100,7 @@ def test_reading_ahead_counts_every_byte(int4: tuple[Tensors, Checkpoint, Path])
 def test_a_file_larger_than_memory_is_used_from_the_disk(
     int4: tuple[Tensors, Checkpoint, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(packed.psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
+    monkeypatch.setattr(packed, "ram", lambda: (1000, 1000))
     calls: list[object] = []
     found = open_store(int4[1], prefix, GEOMETRY, LAYERS, "native", lambda *call: calls.append(call))
     assert calls == [] and not found.resident
@@ -124,8 +124,8 @@ def rewrite_header(path: Path, old: bytes, new: bytes) -> None:
 
 
 STALE = {
-    "a changed shard": (touch, "the shards have changed since it was written"),
-    "another name": (rename_shard, "the shards have changed"),
+    "a changed shard": (touch, "the shards are others, or newer, than those it was made from"),
+    "another name": (rename_shard, "the shards are others"),
     "another version": (lambda path: rewrite_header(path, b'"version": 1', b'"version": 0'), "its version is 0, "),
     "other sizes": (lambda path: rewrite_header(path, b'"inner": 160', b'"inner": 192'), "its inner is 192"),
     "other layers": (lambda path: rewrite_header(path, b"[1, 4]", b"[1, 5]"), "its layers is [1, 5]"),
@@ -222,6 +222,19 @@ def test_what_a_run_of_other_shards_left_is_begun_anew(int4: tuple[Tensors, Chec
     checkpoint = Checkpoint(path.parent)
     assert pack(checkpoint)[0] == path
     check_bytes(reopen(checkpoint), tensors)
+
+
+def test_records_of_an_earlier_run_do_not_outlive_its_header(int4: tuple[Tensors, Checkpoint, Path]) -> None:
+    """Else a second run that is cut off would find the first one's layers, of other shards, done."""
+    path = int4[2]
+    partial = path.with_name(path.name + ".partial")
+    path.rename(partial)
+    touch(path)
+    contents = store._contents(Checkpoint(path.parent), prefix, GEOMETRY, LAYERS, "native")
+    file = os.open(partial, os.O_RDWR)
+    assert packed._finished_layers(file, contents) == set()
+    assert packed._finished_layers(file, contents) == set()
+    os.close(file)
 
 
 def test_a_run_that_ended_just_now(int4: tuple[Tensors, Checkpoint, Path]) -> None:

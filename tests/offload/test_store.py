@@ -3,7 +3,6 @@
 import re
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -108,7 +107,7 @@ def test_sizes_without_padding_are_those_of_the_published_tensors(tmp_path: Path
 
 @pytest.mark.parametrize(("target", "flag"), [("native", ""), ("int8", " --expert-format int8")])
 def test_more_than_fits_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: Target, flag: str) -> None:
-    monkeypatch.setattr(store.psutil, "virtual_memory", lambda: SimpleNamespace(available=100_000))
+    monkeypatch.setattr(store, "ram", lambda: (100_000, 100_000))
     with pytest.raises(CheckpointError) as caught:
         open_store(save(expert_tensors("bf16"), tmp_path), prefix, GEOMETRY, LAYERS, target, silent)
     assert str(caught.value).startswith("the experts take 0.0 GB in memory and 0.0 GB of RAM are free; ")
@@ -127,7 +126,7 @@ def test_crowded_memory_lets_go_of_the_shards(tmp_path: Path, monkeypatch: pytes
     checkpoint = save(tensors, tmp_path)
     needed = 6 * GEOMETRY.expert_bytes("bf16")
     for available, n_bytes in ((10 * needed, 0), (needed + 1000, sum(t.nbytes for t in tensors.values()))):
-        monkeypatch.setattr(store.psutil, "virtual_memory", lambda free=available: SimpleNamespace(available=free))
+        monkeypatch.setattr(store, "ram", lambda free=available: (free, free))
         open_store(checkpoint, prefix, GEOMETRY, LAYERS, "native", silent)
         assert sum(dropped) == n_bytes
 
