@@ -66,7 +66,12 @@ def test_threads_pack_side_by_side() -> None:
 
 
 # A packed file of an older layout must not be read as one of today's: whoever changes a digest raises packed.VERSION.
-DIGESTS = {"int4": "87a2191e53231b34", "int8": "58935b2a73365b45", "bf16": "7b7700205853e321", "fp8": "81bc0300b1957b1d"}
+DIGESTS = {
+    "int4": "87a2191e53231b34",
+    "int8": "58935b2a73365b45",
+    "bf16": "7b7700205853e321",
+    "fp8": "81bc0300b1957b1d",
+}
 
 
 @pytest.mark.parametrize("fmt", DIGESTS)

@@ -4,9 +4,14 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
+from hybrid.config import ModelConfig
+from server.engine_process import _maps_packed_file
+from server.settings import ServerSettings
 
 REPO = Path(__file__).resolve().parents[2]
 DEFAULT_CONFIG = REPO / "server" / "default_model.json"
@@ -104,6 +109,11 @@ def test_pack(tmp_path: Path) -> None:
     (model / "hybrid-experts-int4.packed").write_bytes(b"")
     assert hybrid("pack", str(model)).returncode == 0  # written anew
     assert (model / "hybrid-experts-int4.packed").stat().st_size > 0
+    settings, config = ServerSettings(model=model), ModelConfig.from_directory(model)
+    assert _maps_packed_file(settings, config)
+    assert not _maps_packed_file(replace(settings, experts="kt"), config)
+    os.utime(next(model.glob("*.safetensors")))  # the ledger must not count on a file that will not be used
+    assert not _maps_packed_file(settings, config)
 
 
 def test_pack_refuses_what_is_no_checkpoint(tmp_path: Path) -> None:
