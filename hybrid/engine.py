@@ -117,11 +117,8 @@ class Engine:
         )
         for line in store.notices:
             notice(line)
-        stage = "compiling expert kernels, or loading them from the cache"
-        progress(stage, 0, 1)
-        experts = Experts(store, config.pool, topology)
-        progress(stage, 1, 1)
-        return experts
+        progress("compiling expert kernels, or loading them from the cache", 0, 0)
+        return Experts(store, config.pool, topology)
 
     def _answer(self, rows: Sequence[Row], hidden: torch.Tensor) -> tuple[RowOutput, ...]:
         starts = row_starts(rows)

@@ -313,6 +313,7 @@ def test_a_leap_of_the_clock_is_not_a_stuck_worker(monkeypatch: pytest.MonkeyPat
 
 
 def test_ctrl_c_ends_a_wait_and_the_job_goes_on() -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell ignores it
     pool, memory = WorkerPool(places(2)), np.zeros(2, np.int64)
     pool.submit(hold.address, memory.ctypes.data)
     main = threading.main_thread().ident
@@ -321,6 +322,7 @@ def test_ctrl_c_ends_a_wait_and_the_job_goes_on() -> None:
     interrupt.start()
     with pytest.raises(KeyboardInterrupt):
         pool.wait()
+    signal.signal(signal.SIGINT, before)
     interrupt.join()
     memory[0] = 1
     pool.wait()
