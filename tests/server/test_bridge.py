@@ -104,11 +104,15 @@ async def test_an_idle_engine_takes_no_processor_time(tiny_model: Path) -> None:
         await ready(bridge)
         await ask(bridge, 1, "warm up")
         await until(lambda: is_empty(bridge.stats))
-        process = psutil.Process(bridge.pid)
-        before = process.cpu_times()
-        await asyncio.sleep(0.5)
-        after = process.cpu_times()
-        assert after.user + after.system - before.user - before.system <= 0.02
+        process, used = psutil.Process(bridge.pid), 1.0
+        for _ in range(5):  # the end of the last answer may still be in the first second
+            before = process.cpu_times()
+            await asyncio.sleep(1.0)
+            after = process.cpu_times()
+            used = min(used, round(after.user + after.system - before.user - before.system, 3))
+            if used == 0:
+                break
+        assert used == 0  # not one tick of 10 ms in a second
 
 
 async def test_cancel_frees_pages_and_silences_the_sink(tiny_model: Path) -> None:
