@@ -20,6 +20,7 @@ from hybrid.sampler import sample_rows, score
 from hybrid.weights import load_weights
 from offload.backends import Backend, BackendError, choose
 from offload.checkpoint import Checkpoint
+from offload.config import Progress
 from offload.experts import Experts
 from offload.isa import choose as choose_isa
 from offload.kt import INSTALL, KtExperts, Published
@@ -29,7 +30,6 @@ from offload.topology import Topology, find_topology
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
-Progress = Callable[[str, int, int], None]
 Notice = Callable[[str], None]
 Sampled = tuple[int, TokenLogprob | None]
 

@@ -13,9 +13,8 @@ import torch
 
 from hybrid.config import ModelConfig, is_router
 from offload.checkpoint import Checkpoint, CheckpointError, TensorInfo
-from offload.config import FP8_BLOCK
+from offload.config import FP8_BLOCK, Progress
 
-Progress = Callable[[str, int, int], None]
 Notice = Callable[[str], None]
 
 # Published types that hold the plain value, and torch's name for the bytes that `Checkpoint.array` hands out.

@@ -14,6 +14,7 @@ gate and the two of up that meet them (32 inner rows); a unit of `down` is 64 ou
 units and then its down units, first those of the first memory node. Missing rows and inputs are filled up with zeros.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -22,6 +23,7 @@ Precision = Literal["a8", "a16"]
 Isa = Literal["amx", "avx512vnni", "avx512", "avxvnni", "avx2", "portable"]
 Projection = Literal["gate", "up", "down"]
 Matrix = Literal["gate_up", "down"]
+Progress = Callable[[str, int, int], None]  # stage, bytes done, bytes in all
 
 PROJECTIONS: tuple[Projection, ...] = ("gate", "up", "down")
 MATRICES: tuple[Matrix, ...] = ("gate_up", "down")

@@ -15,12 +15,11 @@ import torch
 
 from offload.checkpoint import Checkpoint
 from offload.child import Child
-from offload.config import GROUP, PROJECTIONS, ExpertGeometry
+from offload.config import GROUP, PROJECTIONS, ExpertGeometry, Progress
 from offload.experts import ExpertStats
 from offload.kt_worker import PACKAGE, REQUEST, Regions, Setup
 from offload.ram import ram
 from offload.sources import Prefix, Target, find_experts, formats
-from offload.store import Progress
 from offload.topology import Topology
 
 INSTALL = "pip install --no-deps kt-kernel==0.7.2"

@@ -22,7 +22,6 @@ import shlex
 import shutil
 import struct
 import threading
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ from typing import Any
 import numpy as np
 
 from offload.checkpoint import MADV_POPULATE_READ, READ_AHEAD, Checkpoint, CheckpointError
-from offload.config import ExpertFormat, ExpertGeometry
+from offload.config import ExpertFormat, ExpertGeometry, Progress
 from offload.kernels.pack import aligned
 from offload.numa import HUGE_PAGE, address_of
 from offload.pipeline import ask_disk, pipeline
@@ -38,8 +37,6 @@ from offload.ram import ram
 from offload.reading import ExpertReader
 from offload.requantise import Squares, error_notice
 from offload.sources import Source, packed_path
-
-Progress = Callable[[str, int, int], None]
 
 MAGIC = b"hybridpk"
 VERSION = 1  # of this header and of the layout in offload/config.py

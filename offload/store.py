@@ -5,7 +5,7 @@ Either in memory, packed by all cores while the shards are read, one arena for e
 names. `offload.experts` and hybrid's engine call it, `hybrid pack` calls `pack_store`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,14 +13,13 @@ import numpy.typing as npt
 
 from offload import packed
 from offload.checkpoint import Checkpoint, CheckpointError
-from offload.config import MATRICES, ExpertFormat, ExpertGeometry
+from offload.config import MATRICES, ExpertFormat, ExpertGeometry, Progress
 from offload.numa import address_of, huge_memory, prefer_node
 from offload.ram import ram
 from offload.reading import ExpertReader
 from offload.requantise import Squares, error_notice
 from offload.sources import Prefix, Target, find_experts, formats, packed_path
 
-Progress = Callable[[str, int, int], None]
 Places = npt.NDArray[np.int64]
 ONE_NODE = (0,)
 
@@ -93,8 +92,6 @@ def packed_is_used(
     checkpoint: Checkpoint, prefix: Prefix, geometry: ExpertGeometry, layers: Sequence[int], target: Target
 ) -> bool:
     """Whether `open_store` would map a packed file. Raises CheckpointError where there is a damaged one."""
-    if not packed_path(checkpoint.directory, formats(checkpoint, prefix, layers, target)[1]).exists():
-        return False
     return packed.usable(checkpoint.directory, _contents(checkpoint, prefix, geometry, layers, target), [])
 
 

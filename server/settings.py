@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from offload.config import Precision
+from offload.config import Isa, Precision
 
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "bfloat16", "float32"]
 ExpertTarget = Literal["native", "int8", "int4"]
 ExpertBackend = Literal["numba", "kt", "auto"]
-ExpertIsa = Literal["auto", "amx", "avx512vnni", "avx512", "avxvnni", "avx2", "portable"]
+ExpertIsa = Literal["auto", Isa]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
 

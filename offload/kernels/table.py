@@ -45,7 +45,6 @@ class ManyTokens:
 class Kernels:
     """Addresses of compiled code and what a caller must know to use it."""
 
-    isa: Isa
     layout: Layout
     products: tuple[int, ...]  # by tokens - 1; 0 where product.TOKENS has none
     encode_inputs: int
@@ -122,7 +121,6 @@ def kernels(isa: Isa, fmt: ExpertFormat, precision: Precision) -> Kernels:
     else:
         products = {tokens: vector_product(isa, fmt, precision, tokens) for tokens in TOKENS}
     return Kernels(
-        isa=isa,
         layout=layout(isa, fmt, precision),
         products=tuple(products[n].address if n in products else 0 for n in range(1, MAX_TOKENS + 1)),
         encode_inputs=inputs.address,

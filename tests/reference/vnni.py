@@ -82,7 +82,6 @@ def spelled_out_kernels(isa: Isa, fmt: ExpertFormat, precision: Precision) -> Ke
     inputs, swiglu = encoders(isa, fmt, precision)  # plain LLVM
     products = {tokens: product(isa, fmt, precision, tokens) for tokens in TOKENS}
     return Kernels(
-        isa=isa,
         layout=layout(isa, fmt, precision),
         products=tuple(products[n].address if n in products else 0 for n in range(1, MAX_TOKENS + 1)),
         encode_inputs=inputs.address,
