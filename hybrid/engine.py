@@ -8,6 +8,7 @@ Called by the engine process, by benches and by tests.
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -20,8 +21,8 @@ from hybrid.sampler import sample_rows, score
 from hybrid.weights import load_weights
 from offload.backends import Backend, BackendError, choose
 from offload.checkpoint import Checkpoint
-from offload.config import Progress
-from offload.experts import Experts
+from offload.config import PoolConfig, Progress
+from offload.experts import Choices, Experts
 from offload.isa import choose as choose_isa
 from offload.kt import INSTALL, KtExperts, Published
 from offload.pool import PoolError
@@ -63,9 +64,9 @@ class Engine:
         if line:
             notice(line)
         # Weights first: they are the smaller part, and tell soonest that checkpoint and config.json do not fit.
-        tensors = load_weights(self._checkpoint, self.model, self._device, dtype, progress, notice)
+        self._tensors = load_weights(self._checkpoint, self.model, self._device, dtype, progress, notice)
         self._experts = self._open_experts(backend, topology, progress, notice)
-        self._transformer = build_model(self.model, tensors, self._experts, config.mla)
+        self._transformer = build_model(self.model, self._tensors, self._experts, config.mla)
         self._cache = allocate(self.model, config.n_pages, config.page_size, dtype, self._device)
 
     def step(self, batch: Batch) -> StepOutput:
@@ -84,6 +85,27 @@ class Engine:
             expert_bytes=after.bytes_read - before.bytes_read,
             distinct_experts=after.distinct_experts - before.distinct_experts,
         )
+
+    @property
+    def config(self) -> EngineConfig:
+        """As given, with the pool that is in use."""
+        return self._config
+
+    def choices(self) -> Choices:
+        """How many tokens chose each routed expert since the start."""
+        return self._experts.choices()
+
+    def use_pool(self, pool: PoolConfig) -> None:
+        """Run the loaded experts with other threads, instructions or precision from now on. Nothing is read again.
+
+        Raises BackendError where kt-kernel runs them, ValueError for a tier that cannot run or other memory nodes, and
+        PoolError where workers cannot start. The engine is as it was then.
+        """
+        if isinstance(self._experts, KtExperts):
+            raise BackendError("kt-kernel's threads are settled when it loads: start again with --experts numba")
+        self._experts = self._experts.with_pool(pool, find_topology(pool.threads))
+        self._transformer = build_model(self.model, self._tensors, self._experts, self._config.mla)
+        self._config = replace(self._config, pool=pool)
 
     def close(self) -> None:
         """Stop the expert workers and let go of their memory."""

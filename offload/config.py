@@ -33,6 +33,7 @@ LINE = 64  # bytes of a cache line, and of one vector of 16 rows
 TILE_ROWS = 16
 UNIT_TILES = 4
 UNIT_ROWS: dict[Matrix, int] = {"gate_up": 32, "down": 64}  # inner rows and output rows of one unit
+MAX_NODES = 8  # memory nodes that workers can tell apart: two sockets of four
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ bf16 and fp8 it spreads as float arithmetic has it. The other tokens of the batc
 
 import time
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -47,6 +47,14 @@ class ExpertStats:
     def hint_recall(self) -> float | None:
         """Share of the experts run that the hint had named; None before the first hint."""
         return self.found_experts / self.wanted_experts if self.wanted_experts else None
+
+
+class Choices(NamedTuple):
+    """Which experts tokens were routed to."""
+
+    layers: tuple[int, ...]
+    counts: npt.NDArray[np.int64]  # (L, E): tokens that chose each expert; one without an expert (id -1) adds nothing
+    tokens: int  # that went through the first of the layers
 
 
 class Buffer:
@@ -114,6 +122,9 @@ class Experts:
         self._job_address = self._job.ctypes.data
         self._layer_addresses = [layer.ctypes.data for layer in self._addresses]
         self._ends = np.zeros(store.geometry.n_experts, np.int64)
+        self._chosen = np.zeros((len(store.layers), store.geometry.n_experts), np.int64)
+        self._chosen_addresses = [row.ctypes.data for row in self._chosen]
+        self._seen = 0  # tokens, by the first layer
         self._room = 0, 0  # tokens and assignments that the buffers hold
         self._n_active = 0  # experts of the last job
 
@@ -162,6 +173,31 @@ class Experts:
     def stats(self) -> ExpertStats:
         """The counters as they are now."""
         return replace(self._stats)
+
+    def choices(self) -> Choices:
+        """How often each expert was chosen since the start."""
+        return Choices(self._store.layers, self._chosen.copy(), self._seen)
+
+    def with_pool(self, config: PoolConfig, topology: Topology) -> "Experts":
+        """The same experts and counters with other workers; these here end, unless the others cannot be made.
+
+        Raises ValueError for a tier that cannot run, or for memory nodes that the store is not split over, PoolError
+        where workers cannot start or one is stuck, and RuntimeError while a layer is running.
+        """
+        if self._pending is not None or self._pool.busy:
+            raise RuntimeError("a layer is running: wait for it before other workers take over")
+        if self._pool.broken:
+            raise PoolError("the worker pool is broken, and a stuck worker may still read the experts: load them again")
+        if len(topology.nodes) != self._store.n_nodes:
+            raise ValueError(
+                f"threads: the experts are split over {self._store.n_nodes} memory nodes, and these workers would use "
+                f"{len(topology.nodes)}; name a thread for each node, or load again"
+            )
+        other = Experts(self._store, config, topology)
+        other._stats, other._seen = self._stats, self._seen
+        other._chosen[:] = self._chosen
+        self._pool.close()
+        return other
 
     def close(self) -> None:
         """Finish a running layer, end the workers and close the store, unless a stuck worker may still read there."""
@@ -259,9 +295,12 @@ class Experts:
         self._n_active = begin(
             self._job_address, self._layer_addresses[index], self._store.geometry.n_experts, x.data_ptr(),
             ids.data_ptr(), weights.data_ptr(), n_tokens, k, result.data_ptr(), self._ends.ctypes.data,
+            self._chosen_addresses[index],
         )  # fmt: skip
         if self._n_active == UNKNOWN_EXPERT:
             self._check_ids(ids)
+        if index == 0:
+            self._seen += n_tokens
 
     def _make_room(self, n_tokens: int, n_assignments: int) -> None:
         """Let the job's buffers hold so many."""

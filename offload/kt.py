@@ -16,7 +16,7 @@ import torch
 from offload.checkpoint import Checkpoint
 from offload.child import Child
 from offload.config import GROUP, PROJECTIONS, ExpertGeometry, Progress
-from offload.experts import ExpertStats
+from offload.experts import Choices, ExpertStats
 from offload.kt_worker import PACKAGE, REQUEST, Regions, Setup
 from offload.ram import ram
 from offload.sources import Prefix, Target, find_experts, formats
@@ -103,6 +103,8 @@ class KtExperts:
         hidden, per_token = published.geometry.hidden, published.per_token
         self._index = {layer: i for i, layer in enumerate(published.layers)}
         self._stats = ExpertStats()
+        self._chosen = np.zeros((len(published.layers), published.geometry.n_experts), np.int64)
+        self._seen = 0  # tokens, by the first layer
         self._pending: Pending | None = None
         threads = [sum(place.node == node for place in topology.places) for node in range(len(topology.nodes))]
         self.n_workers = len(topology.places)
@@ -138,6 +140,8 @@ class KtExperts:
         self._check(x, ids, weights)
         ids = ids.detach().long().cpu()
         active = self._active(ids)
+        self._chosen[index] += np.bincount(ids.numpy().ravel(), minlength=self._chosen.shape[1])
+        self._seen += len(ids) if index == 0 else 0
         pending = Pending(self, index, x.detach(), ids, weights.detach())
         if x.shape[0]:
             self._send(pending, 0)
@@ -158,6 +162,10 @@ class KtExperts:
 
     def stats(self) -> ExpertStats:
         return self._stats
+
+    def choices(self) -> Choices:
+        """How often each expert was chosen since the start."""
+        return Choices(self._published.layers, self._chosen.copy(), self._seen)
 
     def close(self) -> None:
         """End the child, a running layer with it."""

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from offload.config import MAX_NODES
 from offload.kernels import sync
 from offload.topology import Place
 
@@ -37,7 +38,7 @@ class WorkerPool:
     def __init__(self, places: Sequence[Place], stuck_seconds: float = STUCK_SECONDS):
         """One worker for each place (topology.py)."""
         assert places, "a pool needs a worker"
-        assert all(0 <= place.node < sync.MAX_NODES for place in places), places
+        assert all(0 <= place.node < MAX_NODES for place in places), places
         self._places = tuple(places)
         self._stuck_seconds = stuck_seconds
         self._sleep = min(LONGEST_SLEEP, stuck_seconds / 4)

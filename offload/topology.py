@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from offload.kernels.sync import MAX_NODES
+from offload.config import MAX_NODES
 
 MOST_THREADS = 1024
 SYSTEM, PROCESS = Path("/sys"), Path("/proc/self")
@@ -77,7 +77,7 @@ def physical_cores(allowed: set[int], system: Path = SYSTEM) -> tuple[int, ...]:
         if cpu not in taken:
             first.append(cpu)
             topology = system / "devices" / "system" / "cpu" / f"cpu{cpu}" / "topology"
-            taken |= _numbers(_read(topology / "thread_siblings_list")) | {cpu}
+            taken |= parse_list(read_text(topology / "thread_siblings_list")) | {cpu}
     return tuple(first)
 
 
@@ -88,13 +88,13 @@ def cores_by_node(cores: tuple[int, ...], system: Path = SYSTEM, process: Path =
     for are taken as one: their memory is then interleaved by nobody, but everything works.
     """
     folder = system / "devices" / "system" / "node"
-    usable = _numbers(_read(folder / "has_memory")) or None
-    status = _read(process / "status").splitlines()
-    granted = next((_numbers(line.split(":")[1]) for line in status if line.startswith("Mems_allowed_list:")), None)
+    usable = parse_list(read_text(folder / "has_memory")) or None
+    status = read_text(process / "status").splitlines()
+    granted = next((parse_list(line.split(":")[1]) for line in status if line.startswith("Mems_allowed_list:")), None)
     found: dict[int, list[int]] = {}
     for path in folder.glob("node[0-9]*"):
         node = int(path.name.removeprefix("node"))
-        members = _numbers(_read(path / "cpulist")).intersection(cores)
+        members = parse_list(read_text(path / "cpulist")).intersection(cores)
         if members and all(node in some for some in (usable, granted) if some):
             found[node] = sorted(members)
     if not found or len(found) > MAX_NODES:
@@ -106,7 +106,7 @@ def cores_by_node(cores: tuple[int, ...], system: Path = SYSTEM, process: Path =
 
 def cpu_quota(system: Path = SYSTEM, process: Path = PROCESS) -> float | None:
     """How many CPUs' worth of time the control groups grant, None: no limit. The smallest of all parents counts."""
-    lines = _read(process / "cgroup").splitlines()
+    lines = read_text(process / "cgroup").splitlines()
     return min((quota for line in lines for quota in _quotas(line, system)), default=None)
 
 
@@ -121,9 +121,9 @@ def _quotas(line: str, system: Path) -> Iterator[float]:
     # In a container the path may be the host's, and only its root is there: absent files say nothing.
     for folder in (group, *group.parents):
         if is_second:
-            words = _read(folder / "cpu.max").split()
+            words = read_text(folder / "cpu.max").split()
         else:
-            words = [_read(folder / f"cpu.cfs_{word}_us") for word in ("quota", "period")]
+            words = [read_text(folder / f"cpu.cfs_{word}_us") for word in ("quota", "period")]
         with contextlib.suppress(ValueError, ZeroDivisionError):  # `max` or nothing
             quota, period = (int(word) for word in words)
             if quota > 0:  # -1: no limit
@@ -132,13 +132,13 @@ def _quotas(line: str, system: Path) -> Iterator[float]:
             return
 
 
-def _numbers(text: str) -> set[int]:
+def parse_list(text: str) -> set[int]:
     """CPU or node numbers of a list such as `0,64` or `0-1`."""
     ranges = [part.split("-") for part in text.strip().split(",") if part.strip()]
     return {number for bounds in ranges for number in range(int(bounds[0]), int(bounds[-1]) + 1)}
 
 
-def _read(path: Path) -> str:
+def read_text(path: Path) -> str:
     """What the system says there; nothing where it has no such file."""
     try:
         return path.read_text()

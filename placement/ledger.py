@@ -1,23 +1,25 @@
 """The ledger of bytes: what goes on the device and what into RAM, settled before a tensor is read.
 
-A first honest step: the device holds everything but the routed experts, RAM holds those, and the KV pages take what
-is left. `place` is a pure function of the model's config, the wishes and the facts, so it also answers for a model
-that is not on the disk and a machine that is not this one; `read_facts` is the only part that looks around.
-Knows no speeds and no requests. The engine process calls it before it builds the engine.
+The device holds everything but the routed experts, RAM holds those, and the KV pages take what is left; beyond that a
+`Layout` may put experts into VRAM slots, and the embedding and KV pages into RAM. `place` and `fit` are pure functions
+of the model's config, what is asked and the facts, so they also answer for a model that is not on the disk and a
+machine that is not this one; `read_facts` is the only part that looks around.
+Knows no speeds and no requests. The engine process and the planner call it.
 """
 
+import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from hybrid.config import KEY_BLOCK, LOGIT_ROWS, QUERY_BLOCK, ModelConfig, is_router
-from offload.config import ExpertFormat
+from offload.config import ExpertFormat, Isa, Precision
 from placement.facts import Facts
+from placement.plan import WeightDtype
 
-Dtype = Literal["float32", "bfloat16"]
 ExpertTarget = Literal["native", "int8", "int4"]
-Where = Literal["device", "RAM"]
+Where = Literal["device", "RAM", "disk"]
 
 # The first part found in a tensor's name tells its group.
 GROUPS = (
@@ -29,11 +31,14 @@ GROUPS = (
     ("mlp.", "dense MLP"),
     ("lm_head", "output head"),
 )
-ITEM_BYTES: dict[Dtype, int] = {"float32": 4, "bfloat16": 2}
+NARROW_GROUPS = ("attention", "shared experts", "dense MLP")  # what fp8 and int8 make smaller; the rest stays bf16
+ITEM_BYTES: dict[WeightDtype, int] = {"float32": 4, "bfloat16": 2, "fp8": 2, "int8": 2}  # but for the narrow groups
 DEVICE_RESERVE = 0.05  # of the device's memory: its context, libraries, allocator gaps
 HOST_RESERVE = 512 * 2**20  # interpreter, torch, compiled kernels, the REST process
 CPU_KV_SHARE = 0.5  # of what is left beside weights and experts: the rest of the machine lives there too
 CROWDED_KV_SHARE = 0.1  # likewise, where the mapped experts overflow RAM as it is
+PIECE_TOKENS = 2048  # of a streamed pass, computed at a time inside a layer
+MAX_RUNNING, MAX_BATCH_TOKENS = 64, 512  # where nobody asks for others
 
 
 class PlacementError(ValueError):
@@ -42,16 +47,39 @@ class PlacementError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Wishes:
-    """What the operator asked for. None leaves the choice to `place`."""
+    """What the operator asked for. None leaves the choice to `place`, or to the planner."""
 
-    dtype: Dtype
-    expert_target: ExpertTarget
-    max_model_len: int | None  # tokens of the longest request
-    max_running: int
-    max_batch_tokens: int
+    dtype: WeightDtype | None = None
+    expert_target: ExpertTarget = "native"
+    max_model_len: int | None = None  # tokens of the longest request
+    max_running: int | None = None
+    max_batch_tokens: int | None = None
     kv_bytes: int | None = None
     page_size: int = 16  # tokens
     packed: bool = False  # a packed file of the experts in this format lies beside the shards
+    precision: Precision = "a8"
+    experts: Literal["numba", "kt"] = "numba"
+    isa: Isa | None = None
+    threads: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Everything that takes memory, settled but for the pages: they get what is left. Sizes are bytes."""
+
+    weights: WeightDtype
+    expert_format: ExpertFormat
+    max_model_len: int | None  # None: as long as the pages allow
+    max_running: int = MAX_RUNNING
+    max_batch_tokens: int = MAX_BATCH_TOKENS
+    kv_bytes: int | None = None  # of pages on the device, None for what is left
+    page_size: int = 16
+    mapped: bool = False  # experts come from a mapped file, which may exceed RAM
+    slots: tuple[int, ...] = ()  # experts in VRAM by MoE layer
+    experts_leave_ram: bool = False  # those in VRAM
+    embedding_in_ram: bool = False
+    ring_experts: int = 0  # buffers for experts on their way to the device
+    kv_in_ram: int = 0  # room for pages in RAM
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,10 +97,12 @@ class Placement:
 
     facts: Facts
     entries: tuple[Entry, ...]
-    n_pages: int
+    n_pages: int  # on the device
     page_size: int
     max_model_len: int
     notes: tuple[str, ...] = ()
+    pages_in_ram: int = 0
+    from_disk: float = 0.0  # share of the experts outside VRAM that RAM does not hold
 
     def n_bytes(self, where: Where) -> int:
         """Sum of the entries of one place."""
@@ -87,10 +117,10 @@ class Placement:
         facts = self.facts
         device, ram = self.n_bytes("device"), self.n_bytes("RAM")
         if facts.device == "cpu":  # one memory plays both parts
-            return [_sum_line("device + RAM: memory", device + ram, facts.ram_free)]
+            return [sum_line("device + RAM: memory", device + ram, facts.ram_free)]
         return [
-            _sum_line(f"device: {facts.device_name}", device, facts.device_free),
-            _sum_line("RAM", ram, facts.ram_free),
+            sum_line(f"device: {facts.device_name}", device, facts.device_free),
+            sum_line("RAM", ram, facts.ram_free),
         ]
 
 
@@ -100,18 +130,90 @@ def place(model: ModelConfig, facts: Facts, wishes: Wishes) -> Placement:
         limit = model.max_position_embeddings
         raise PlacementError(f"--max-model-len {wishes.max_model_len}: the model allows at most {limit} tokens")
     try:
-        return _fit(model, facts, wishes)
+        return fit(model, facts, layout_of(model, facts, wishes))
     except PlacementError as error:
         raise PlacementError(f"{error}; {_remedy(model, facts, wishes)}") from None
 
 
-def weight_bytes(model: ModelConfig, itemsize: int) -> dict[str, int]:
-    """Bytes of everything but the routed experts, by tensor group. The router stays float32."""
+def layout_of(model: ModelConfig, facts: Facts, wishes: Wishes) -> Layout:
+    """The plain layout for these wishes: all experts in RAM or mapped, everything else on the device."""
+    return Layout(
+        weights=wishes.dtype or ("bfloat16" if facts.device == "cuda" else "float32"),
+        expert_format=model.expert_format if wishes.expert_target == "native" else wishes.expert_target,
+        max_model_len=wishes.max_model_len,
+        max_running=wishes.max_running or MAX_RUNNING,
+        max_batch_tokens=wishes.max_batch_tokens or MAX_BATCH_TOKENS,
+        kv_bytes=wishes.kv_bytes,
+        page_size=wishes.page_size,
+        mapped=wishes.packed,
+    )
+
+
+def fit(model: ModelConfig, facts: Facts, layout: Layout) -> Placement:
+    """Draw the ledger and settle the pages. Raises PlacementError that says what is short."""
+    spare, ram_left = room(model, facts, layout)
+    experts = _host_experts(model, layout)
+    _check_ram(facts, layout, experts, ram_left)
+    if spare < 0:
+        needed = human(facts.device_free - spare)
+        raise PlacementError(f"{_device_name(facts)} has {human(facts.device_free)} free and {needed} are needed")
+    mapped = experts if layout.mapped else 0
+    n_pages, in_ram, max_model_len = _pages(model, layout, spare, _kv_room(facts, spare, mapped))
+    page = page_bytes(model, layout)
+    page_cache = spare - n_pages * page if facts.device == "cpu" else ram_left + layout.kv_in_ram - in_ram * page
+    held = min(experts, max(page_cache, 0)) if layout.mapped else experts
+    notes = (*_overflow_note(mapped, page_cache), *_length_note(model, layout, max_model_len))
+    entries = tuple(_entries(model, facts, layout, n_pages, in_ram, held))
+    from_disk = 1 - held / experts if experts else 0.0
+    return Placement(facts, entries, n_pages, layout.page_size, max_model_len, notes, in_ram, from_disk)
+
+
+def room(model: ModelConfig, facts: Facts, layout: Layout) -> tuple[int, int]:
+    """Bytes left for pages on the device, and in RAM: below 0 where something is short. On the CPU both are one."""
+    reserve = HOST_RESERVE if facts.device == "cpu" else int(DEVICE_RESERVE * facts.device_total)
+    weights = _weights(model, layout)
+    experts = 0 if layout.mapped else _host_experts(model, layout)
+    expert = model.expert_geometry.expert_bytes(layout.expert_format)
+    moved = weights["embedding"] if layout.embedding_in_ram else 0
+    device = sum(weights.values()) - moved + (sum(layout.slots) + layout.ring_experts) * expert
+    device += kv_buffer_bytes(model, layout.kv_in_ram)
+    spare = facts.device_free - reserve - workspace_bytes(model, layout) - device
+    if facts.device == "cpu":
+        spare -= experts
+        return spare, spare
+    return spare, facts.ram_free - HOST_RESERVE - experts - moved - layout.kv_in_ram
+
+
+def group_of(name: str) -> str:
+    """The group of a tensor outside the routed experts, by its published name."""
+    return next(group for part, group in GROUPS if part in name)
+
+
+def page_bytes(model: ModelConfig, layout: Layout) -> int:
+    """Bytes of one page over all layers."""
+    return layout.page_size * model.kv_bytes_per_token(ITEM_BYTES[layout.weights])
+
+
+def weight_bytes(model: ModelConfig, itemsize: int, narrow: int | None = None) -> dict[str, int]:
+    """Bytes of everything but the routed experts, by tensor group. The router stays float32.
+
+    `narrow` is the size of a value in the groups that fp8 and int8 make smaller; their scales are a 4,000th more.
+    """
     groups: dict[str, int] = {}
-    for name, shape in model.tensor_shapes().items():
-        group = next(group for part, group in GROUPS if part in name)
-        groups[group] = groups.get(group, 0) + math.prod(shape) * (4 if is_router(name) else itemsize)
+    for group, router, count in _weight_counts(model):
+        size = narrow if narrow is not None and group in NARROW_GROUPS else itemsize
+        groups[group] = groups.get(group, 0) + count * (4 if router else size)
     return groups
+
+
+@functools.lru_cache(maxsize=4)
+def _weight_counts(model: ModelConfig) -> tuple[tuple[str, bool, int], ...]:
+    """(group, whether it is the router, values) in the order of the tensors; a planner asks a hundred times."""
+    counts: dict[tuple[str, bool], int] = {}
+    for name, shape in model.tensor_shapes().items():
+        key = (group_of(name), is_router(name))
+        counts[key] = counts.get(key, 0) + math.prod(shape)
+    return tuple((*key, count) for key, count in counts.items())
 
 
 def expert_bytes(model: ModelConfig, fmt: ExpertFormat) -> int:
@@ -119,18 +221,26 @@ def expert_bytes(model: ModelConfig, fmt: ExpertFormat) -> int:
     return len(model.moe_layers) * model.n_routed_experts * model.expert_geometry.expert_bytes(fmt)
 
 
-def workspace_bytes(model: ModelConfig, wishes: Wishes) -> int:
+def workspace_bytes(model: ModelConfig, layout: Layout) -> int:
     """Estimate of what one step needs beside weights and pages: activations, attention blocks, logits.
 
-    The largest tensors of each part times the copies that live at once; the blocks are those of `hybrid.mla`.
+    The largest tensors of each part times the copies that live at once; the blocks are those of `hybrid.mla`. A pass
+    that streams experts goes through a layer in pieces and keeps only hidden states of all its tokens.
     """
-    item, heads = ITEM_BYTES[wishes.dtype], model.num_attention_heads
+    item, heads = ITEM_BYTES[layout.weights], model.num_attention_heads
     head = model.qk_nope_head_dim + model.qk_rope_head_dim + model.v_head_dim
     inner = max(model.intermediate_size, model.moe_intermediate_size * model.n_shared_experts)
-    activations = wishes.max_batch_tokens * (4 * model.hidden_size + 3 * inner + 3 * heads * head) * item
-    keys = KEY_BLOCK * max(2 * heads * head, wishes.max_running * model.latent_size) * item
-    scores = 3 * 4 * max(QUERY_BLOCK, wishes.max_running) * heads * KEY_BLOCK
-    return activations + keys + scores + 3 * 4 * LOGIT_ROWS * model.vocab_size
+    at_once = min(layout.max_batch_tokens, PIECE_TOKENS) if layout.ring_experts else layout.max_batch_tokens
+    activations = at_once * (4 * model.hidden_size + 3 * inner + 3 * heads * head) * item
+    waiting = (layout.max_batch_tokens - at_once) * 2 * model.hidden_size * item
+    keys = KEY_BLOCK * max(2 * heads * head, layout.max_running * model.latent_size) * item
+    scores = 3 * 4 * max(QUERY_BLOCK, layout.max_running) * heads * KEY_BLOCK
+    return activations + waiting + keys + scores + 3 * 4 * LOGIT_ROWS * model.vocab_size
+
+
+def sum_line(what: str, used: int, free: int) -> str:
+    """A sum of the ledger against what is free."""
+    return f"  = {what:<57}{human(used):>11} of {human(free)} free"
 
 
 def human(n_bytes: float) -> str:
@@ -141,45 +251,58 @@ def human(n_bytes: float) -> str:
     return f"{n_bytes / 1e3:.1f} kB"
 
 
-def _fit(model: ModelConfig, facts: Facts, wishes: Wishes) -> Placement:
-    mapped = wishes.packed
-    weights = weight_bytes(model, ITEM_BYTES[wishes.dtype])
-    workspace = workspace_bytes(model, wishes)
-    experts = expert_bytes(model, _expert_format(model, wishes))
-    reserve = HOST_RESERVE if facts.device == "cpu" else int(DEVICE_RESERVE * facts.device_total)
-    spare = facts.device_free - reserve - workspace - sum(weights.values())
-    if not mapped:
-        _check_experts(facts, experts)
-        spare -= experts if facts.device == "cpu" else 0
-    if spare < 0:
-        needed = human(facts.device_free - spare)
-        raise PlacementError(f"{_device_name(facts)} has {human(facts.device_free)} free and {needed} are needed")
-    n_pages, max_model_len = _pages(model, wishes, spare, _kv_room(facts, spare, experts if mapped else 0))
-    kv = n_pages * _page_bytes(model, wishes)
-    entries = (
-        *(Entry("device", what, n_bytes) for what, n_bytes in weights.items()),
-        Entry("device", f"KV: {n_pages} pages of {wishes.page_size} tokens", kv),
-        Entry("device", f"workspace for {wishes.max_batch_tokens} tokens (estimate)", workspace),
-        Entry("device", "reserve", reserve),
-        Entry("RAM", _experts_entry(model, wishes), experts),
-    )
-    page_cache = spare - kv if facts.device == "cpu" else facts.ram_free - HOST_RESERVE
-    notes = (
-        *_overflow_note(experts if mapped else 0, page_cache),
-        *_length_note(model, wishes, max_model_len),
-    )
-    return Placement(facts, entries, n_pages, wishes.page_size, max_model_len, notes)
+def kv_buffer_bytes(model: ModelConfig, kv_in_ram: int) -> int:
+    """What the device needs for pages in RAM: two layers of them, one on its way while the other is read."""
+    return 2 * kv_in_ram // model.num_hidden_layers
 
 
-def _expert_format(model: ModelConfig, wishes: Wishes) -> ExpertFormat:
-    return model.expert_format if wishes.expert_target == "native" else wishes.expert_target
+def _weights(model: ModelConfig, layout: Layout) -> dict[str, int]:
+    narrow = 1 if layout.weights in ("fp8", "int8") else None
+    return weight_bytes(model, ITEM_BYTES[layout.weights], narrow)
 
 
-def _check_experts(facts: Facts, experts: int) -> None:
+def _host_experts(model: ModelConfig, layout: Layout) -> int:
+    """Bytes of the experts that RAM holds, or reads from the file: nobody reads there those that are in VRAM."""
+    gone = sum(layout.slots) if layout.experts_leave_ram or layout.mapped else 0
+    one = model.expert_geometry.expert_bytes(layout.expert_format)
+    return expert_bytes(model, layout.expert_format) - gone * one
+
+
+def _check_ram(facts: Facts, layout: Layout, experts: int, ram_left: int) -> None:
     """Experts from the shards must lie in RAM as a whole; a mapped file may overflow it (slowly, and with a note)."""
-    if experts + HOST_RESERVE > facts.ram_free:
+    if not layout.mapped and experts + HOST_RESERVE > facts.ram_free:
         needed = human(experts + HOST_RESERVE)
         raise PlacementError(f"RAM has {human(facts.ram_free)} free and {needed} are needed for the experts")
+    if facts.device == "cuda" and ram_left < 0:
+        raise PlacementError(f"RAM has {human(facts.ram_free)} free and {human(facts.ram_free - ram_left)} are needed")
+
+
+def _entries(model: ModelConfig, facts: Facts, layout: Layout, n_pages: int, in_ram: int, held: int) -> Iterator[Entry]:
+    weights, page = _weights(model, layout), page_bytes(model, layout)
+    expert = model.expert_geometry.expert_bytes(layout.expert_format)
+    experts, slots = _host_experts(model, layout), sum(layout.slots)
+    for what, n_bytes in weights.items():
+        if not (layout.embedding_in_ram and what == "embedding"):
+            yield Entry("device", what, n_bytes)
+    if slots:
+        yield Entry("device", f"routed experts, {layout.expert_format}: {slots} in VRAM slots", slots * expert)
+    yield Entry("device", f"KV: {n_pages} pages of {layout.page_size} tokens", n_pages * page)
+    if layout.kv_in_ram:
+        yield Entry("device", "buffers for KV from RAM: two layers", kv_buffer_bytes(model, layout.kv_in_ram))
+    if layout.ring_experts:
+        yield Entry("device", f"ring for streaming: {layout.ring_experts} experts", layout.ring_experts * expert)
+    workspace = workspace_bytes(model, layout)
+    yield Entry("device", f"workspace for {layout.max_batch_tokens} tokens (estimate)", workspace)
+    reserve = HOST_RESERVE if facts.device == "cpu" else int(DEVICE_RESERVE * facts.device_total)
+    yield Entry("device", "reserve", reserve)
+    source = "mapped from the packed file" if layout.mapped else "packed"
+    yield Entry("RAM", f"routed experts, {layout.expert_format}, {source}", held)
+    if layout.embedding_in_ram:
+        yield Entry("RAM", "embedding", weights["embedding"])
+    if in_ram:
+        yield Entry("RAM", f"KV: {in_ram} pages of {layout.page_size} tokens", in_ram * page)
+    if held < experts:
+        yield Entry("disk", "routed experts that RAM has no room for", experts - held)
 
 
 def _kv_room(facts: Facts, spare: int, mapped: int) -> int:
@@ -192,31 +315,25 @@ def _kv_room(facts: Facts, spare: int, mapped: int) -> int:
     return int(CPU_KV_SHARE * (spare - mapped)) if mapped < spare else int(CROWDED_KV_SHARE * spare)
 
 
-def _pages(model: ModelConfig, wishes: Wishes, spare: int, room: int) -> tuple[int, int]:
-    """(pages, longest request in tokens): what `room` gives, but enough for one longest request out of `spare`."""
-    page_bytes = _page_bytes(model, wishes)
-    if wishes.kv_bytes is not None:
-        if wishes.kv_bytes > spare:
-            raise PlacementError(f"--kv-memory is {human(wishes.kv_bytes)} and {human(spare)} are left for it")
-        spare = room = wishes.kv_bytes
-    longest = wishes.max_model_len
+def _pages(model: ModelConfig, layout: Layout, spare: int, most: int) -> tuple[int, int, int]:
+    """(pages on the device, in RAM, longest request in tokens): what `most` bytes give, but enough for one longest
+    request out of `spare`."""
+    page = page_bytes(model, layout)
+    if layout.kv_bytes is not None:
+        if layout.kv_bytes > spare:
+            raise PlacementError(f"--kv-memory is {human(layout.kv_bytes)} and {human(spare)} are left for it")
+        spare = most = layout.kv_bytes
+    longest, in_ram = layout.max_model_len, layout.kv_in_ram // page
     if longest is None:
-        longest = max(1, min(model.max_position_embeddings, room // page_bytes * wishes.page_size))
-    least = -(-longest // wishes.page_size)
-    if least * page_bytes > spare:
-        needed = human(least * page_bytes)
+        longest = max(1, min(model.max_position_embeddings, (most // page + in_ram) * layout.page_size))
+    least = -(-longest // layout.page_size)
+    if (least - in_ram) * page > spare:
+        needed = human(least * page)
         raise PlacementError(f"one request of {longest} tokens needs {needed} of KV pages and {human(spare)} are left")
-    most = room // page_bytes if wishes.kv_bytes is not None else min(room // page_bytes, least * wishes.max_running)
-    return max(least, most), longest
-
-
-def _page_bytes(model: ModelConfig, wishes: Wishes) -> int:
-    return wishes.page_size * model.kv_bytes_per_token(ITEM_BYTES[wishes.dtype])
-
-
-def _experts_entry(model: ModelConfig, wishes: Wishes) -> str:
-    source = "mapped from the packed file" if wishes.packed else "packed"
-    return f"routed experts, {_expert_format(model, wishes)}, {source}"
+    useful = least * layout.max_running
+    on_device = most // page if layout.kv_bytes is not None else min(most // page, useful)
+    on_device = max(least - in_ram, on_device)
+    return on_device, min(in_ram, max(0, useful - on_device)), longest
 
 
 def _overflow_note(mapped: int, page_cache: int) -> Iterator[str]:
@@ -227,8 +344,8 @@ def _overflow_note(mapped: int, page_cache: int) -> Iterator[str]:
         )
 
 
-def _length_note(model: ModelConfig, wishes: Wishes, max_model_len: int) -> Iterator[str]:
-    if wishes.max_model_len is None and max_model_len < model.max_position_embeddings:
+def _length_note(model: ModelConfig, layout: Layout, max_model_len: int) -> Iterator[str]:
+    if layout.max_model_len is None and max_model_len < model.max_position_embeddings:
         yield f"the longest request is {max_model_len} tokens; the model allows {model.max_position_embeddings}"
 
 
@@ -247,7 +364,7 @@ def _remedy(model: ModelConfig, facts: Facts, wishes: Wishes) -> str:
         changes.append((packed, replace(wishes, packed=True)))
     for flag, changed in changes:
         try:
-            fitted = _fit(model, facts, changed)
+            fitted = fit(model, facts, layout_of(model, facts, changed))
         except PlacementError:
             continue
         return f"this fits: {flag.format(fitted.max_model_len)}"
@@ -256,7 +373,3 @@ def _remedy(model: ModelConfig, facts: Facts, wishes: Wishes) -> str:
 
 def _device_name(facts: Facts) -> str:
     return "RAM" if facts.device == "cpu" else f"the device ({facts.device_name})"
-
-
-def _sum_line(what: str, used: int, free: int) -> str:
-    return f"  = {what:<57}{human(used):>11} of {human(free)} free"

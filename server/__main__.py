@@ -1,6 +1,6 @@
 """The `hybrid` command; `python -m server` is the same. Joins the parts and turns errors into exit statuses.
 
-0 fine, 1 run-time failure, 2 usage, 78 configuration, 130 interrupted.
+0 fine, 1 run-time failure, 2 usage, 78 configuration, 130 interrupted; `hybrid doctor` also 3 slow, 4 broken.
 """
 
 import argparse
@@ -33,6 +33,11 @@ def main(argv: list[str] | None = None) -> int:
         "make-checkpoint": _make_checkpoint,
         "pack": _pack,
         "version": _version,
+        "measure": _planning,
+        "plan": _planning,
+        "tune": _planning,
+        "doctor": _planning,
+        "simulate": _planning,
     }
     try:
         return commands[given.command](given, os.environ)
@@ -54,10 +59,7 @@ def _serve(given: argparse.Namespace, environ: Mapping[str, str]) -> int:
 
 
 def _default_model(environ: Mapping[str, str]) -> Path:
-    try:
-        cache = Path(environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hybrid"
-    except RuntimeError:  # a user id that the system does not know
-        raise SettingsError("this user has no home for the default model: set XDG_CACHE_HOME, or --model DIR") from None
+    cache = default_model.cache_directory(environ)
     _tell(default_model.WARNING)
     try:
         return default_model.default_model(cache, lambda: _tell(f"writing it to {cache} (first start only)"))
@@ -152,6 +154,12 @@ def _bar() -> Iterator[Callable[[str, int, int], None]]:
     with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as bars:
         bar = bars.add_task("", total=None)
         yield lambda stage, done, total: bars.update(bar, description=stage, completed=done, total=total)
+
+
+def _planning(given: argparse.Namespace, environ: Mapping[str, str]) -> int:
+    from server import planning  # not for `hybrid version`
+
+    return planning.run(given, environ)
 
 
 def _version(given: argparse.Namespace, environ: Mapping[str, str]) -> int:

@@ -18,10 +18,12 @@ from server import middleware, openai
 from server.admission import Admission
 from server.bridge import BUILD_ENGINE, EngineBridge
 from server.chat import Json
+from server.info import server_info
 from server.keys import BODIES, SERVING, Bodies, Serving
 from server.metrics import CONTENT_TYPE, Metrics
 from server.openai_chat import chat_completions
 from server.openai_completions import completions
+from server.planned import check_files
 from server.progress import LoadLog
 from server.service import Service
 from server.settings import ServerSettings
@@ -99,6 +101,7 @@ def listen(host: str, port: int) -> socket.socket:
 def create_app(settings: ServerSettings, build: str = BUILD_ENGINE) -> web.Application:
     """The application; the engine starts with it. Raises ValueError for a model directory that cannot be served."""
     config = ModelConfig.from_directory(settings.model)
+    check_files(settings, config)
     tokenizer = load_tokenizer(settings.model)
     if tokenizer.n_vocab > config.vocab_size:
         raise ValueError(
@@ -175,6 +178,7 @@ ROUTES = [
     web.get("/readyz", ready),
     web.get("/health", ready),
     web.get("/metrics", metrics_text),
+    web.get("/v1/server/info", server_info),
     web.get("/v1/models", openai.list_models),
     web.get("/v1/models/{id:.+}", openai.get_model),
     web.post("/v1/chat/completions", chat_completions),

@@ -1,4 +1,4 @@
-"""The command line of `hybrid`: five subcommands, and where the settings of `serve` come from.
+"""The command line of `hybrid`: its subcommands, and where the settings of `serve` come from.
 
 A flag beats an environment variable, that beats the YAML file, that beats the default. Starts nothing.
 Called by `__main__.py`.
@@ -9,7 +9,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from server.options import Option, SettingsError, read_environment, read_file, server_options
+from server import planning_args
+from server.options import Option, SettingsError, read_environment, read_file, refuse_settled, server_options
 from server.settings import ServerSettings
 
 SOURCES = """\
@@ -28,6 +29,7 @@ def parser() -> argparse.ArgumentParser:
     _add_chat(commands)
     _add_make_checkpoint(commands)
     _add_pack(commands)
+    planning_args.add_commands(commands)
     commands.add_parser("version", help="print the versions of hybrid and what it runs on")
     return top
 
@@ -44,6 +46,7 @@ def serve_settings(
     from_file = read_file(Path(config), options) if config else {}
     flags = {option.field: getattr(given, option.field) for option in options if hasattr(given, option.field)}
     values: dict[str, Any] = {**from_file, **read_environment(environ, options), **flags}
+    refuse_settled(values)
     if "model" not in values:
         values["model"] = default_model()
     if not values["model"].is_dir():
@@ -75,7 +78,7 @@ def _add_option(serve: argparse.ArgumentParser, option: Option) -> None:
     elif option.kind == "texts":
         serve.add_argument(option.flag, action=_Collect, type=_filled, metavar="TEXT", **common)
     else:
-        metavar = {"path": "DIR", "text": "TEXT", "bytes": "SIZE"}.get(option.kind, "N")
+        metavar = {"path": "DIR", "file": "FILE", "text": "TEXT", "bytes": "SIZE"}.get(option.kind, "N")
         serve.add_argument(option.flag, type=_flag_type(option), metavar=metavar, **common)
 
 

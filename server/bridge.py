@@ -2,7 +2,8 @@
 
 One reader and one writer thread for each child, so neither a slow engine nor a full pipe ever blocks the event loop;
 every message crosses with one `call_soon_threadsafe`. Everything else here runs on the event loop. `service.py`
-submits and cancels, `app.py` starts and stops, `metrics.py` reads `stats`. It knows requests, not tokens' meaning.
+submits and cancels, `app.py` starts and stops, `metrics.py` and `info.py` read what the engine told last. It knows
+requests, not tokens' meaning.
 """
 
 import asyncio
@@ -31,6 +32,8 @@ from server.request import (
     Shutdown,
     Stepped,
     Submit,
+    Tallies,
+    Tally,
 )
 from server.settings import ServerSettings
 
@@ -40,7 +43,7 @@ Phase = Literal["loading", "ready", "failed", "stopped"]
 Sink = Callable[[Progress], None]
 OnMessage = Callable[[LoadProgress | Notice | Ready], None]
 
-BUILD_ENGINE = "server.engine_process:build_engine"
+BUILD_ENGINE = "server.engine_builder:build_engine"
 EXIT_SECONDS = 10.0  # how long a child that was asked to leave may take before it is killed
 GAUGES = ("running", "waiting", "pages_used", "pages_total")  # of EngineStats; every other field is a counter
 
@@ -56,6 +59,7 @@ class EngineBridge:
         self.ready: Ready | None = None  # of the engine that answers now
         self.failure: Failed | None = None  # why phase is "failed", or what the last crash was
         self.stats = EngineStats()
+        self.tallies: tuple[Tally, ...] = ()  # of the engine that answers now
         self.restarts = 0
         self._settings = settings
         self._build = build
@@ -120,6 +124,8 @@ class EngineBridge:
                 self.stats = _sum(stats, self._before)
                 for one in progress:
                     self._to_sink(one)
+            case Tallies(tallies):
+                self.tallies = tallies
             case LoadProgress():
                 self.loading = message
             case Ready():
@@ -143,7 +149,7 @@ class EngineBridge:
     def _gone(self, child: "_Child") -> None:
         """The child died. An engine that had been ready is started again; one that never was, is given up."""
         self.failure = child.last_words or Failed(f"the engine process {_ending(child.process.returncode)}")
-        was_ready, self.ready = self.ready is not None, None
+        was_ready, self.ready, self.tallies = self.ready is not None, None, ()
         if was_ready or self.restarts:  # of a first load that fails, `app.py` tells
             logger.error("the engine stopped: %s", self.failure.message)
         self._before = replace(self.stats, **dict.fromkeys(GAUGES, 0))

@@ -9,16 +9,25 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib import resources
 from pathlib import Path
 
 from hybrid import random_checkpoint
+from server.options import SettingsError
 
 NAME = "nano-random"
 WARNING = f"{NAME}: the embedded default model has random weights, so its answers are gibberish"
 SEED = 1
 MANIFEST = "manifest.json"
+
+
+def cache_directory(environ: Mapping[str, str]) -> Path:
+    """Where hybrid keeps what it makes for this user. Raises SettingsError where the user has no home."""
+    try:
+        return Path(environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hybrid"
+    except RuntimeError:  # a user id that the system does not know
+        raise SettingsError("this user has no home directory: set XDG_CACHE_HOME, or name every file") from None
 
 
 def default_model(cache: Path, making: Callable[[], None]) -> Path:

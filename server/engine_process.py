@@ -1,9 +1,9 @@
 """The engine process: loads the model, then alternates between the scheduler and the engine until told to stop.
 
 `bridge.py` starts it as a fresh interpreter (`main`) and talks to it over one pipe with the messages of
-`request.py`. Torch is imported here and nowhere else in `server`, inside `build_engine`. It ignores SIGINT and
-SIGTERM, which reach the whole process group or unit: the parent decides when to stop, and when the parent is gone the
-pipe ends and so does this process.
+`request.py`. What it loads is the builder's business (`engine_builder.py`). It ignores SIGINT and SIGTERM, which reach
+the whole process group or unit: the parent decides when to stop, and when the parent is gone the pipe ends and so does
+this process.
 """
 
 import importlib
@@ -16,15 +16,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from typing import Literal
 
 from hybrid.batch import Batch, StepOutput
-from hybrid.config import EngineConfig, ModelConfig
-from offload.checkpoint import Checkpoint
-from offload.config import PoolConfig
-from offload.sources import packed_path
-from placement.facts import read_facts
-from placement.ledger import Wishes, place
+from placement.plan import Plan
+from server.account import Account, Predict
 from server.request import (
     Cancel,
     EngineStats,
@@ -37,6 +32,7 @@ from server.request import (
     Shutdown,
     Stepped,
     Submit,
+    Tallies,
     ToEngine,
 )
 from server.scheduler import Scheduler, SchedulerConfig
@@ -49,6 +45,12 @@ OnNotice = Callable[[str], None]
 Inbox = queue.SimpleQueue[ToEngine]
 
 PROGRESS_SECONDS = 0.1  # least time between two messages of the same loading stage
+TALLY_SECONDS = 1.0  # likewise of predicted against achieved, while the engine is busy
+RECORD_SECONDS = 60.0  # least time between two writings of the routing record
+
+
+def nothing() -> None:
+    """There is no record to write."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +62,10 @@ class Built:
     scheduler: SchedulerConfig
     max_model_len: int
     device: str
+    plan: Plan | None = None  # in force
+    profile: str = "none"  # name of the rates behind the predictions, or why there are none
+    predict: Predict | None = None
+    record: Callable[[], None] = nothing  # writes the routing record
 
 
 def main(fd: int) -> None:
@@ -87,6 +93,8 @@ def _load_and_run(connection: Connection, settings: ServerSettings, build_path: 
         logger.exception("the engine stopped")
         connection.send(Failed(_one_line(error)))
         return 1
+    finally:
+        built.record()
     built.close()
     return 0
 
@@ -117,7 +125,15 @@ def _load(connection: Connection, settings: ServerSettings, build_path: str) -> 
         return None
     scheduler = built.scheduler
     connection.send(
-        Ready(scheduler.n_pages, scheduler.page_size, built.max_model_len, built.device, time.monotonic() - started)
+        Ready(
+            scheduler.n_pages,
+            scheduler.page_size,
+            built.max_model_len,
+            built.device,
+            time.monotonic() - started,
+            built.plan,
+            built.profile,
+        )
     )
     return built
 
@@ -148,18 +164,43 @@ class _Reporter:
 
 def run(inbox: Inbox, send: Callable[[FromEngine], None], built: Built) -> None:
     """Serve until a Shutdown arrives: one message for each step, none and no CPU time while idle."""
-    scheduler = Scheduler(built.scheduler)
+    scheduler, books = Scheduler(built.scheduler), _Books(built, send)
     told = EngineStats()
     progress: list[Progress] = []
     while _drain(inbox, scheduler, progress):
         batch = scheduler.next()
         if batch is not None:
-            progress.extend(scheduler.commit(built.step(batch)))
+            out = built.step(batch)
+            progress.extend(scheduler.commit(out))
         stats = scheduler.stats()
         if progress or stats != told:
             send(Stepped(tuple(progress), stats))
             progress.clear()
             told = stats
+        if batch is not None:
+            books.add(batch, out.seconds, idle=scheduler.idle)
+
+
+class _Books:
+    """What is kept beside the work: the account of predicted and achieved seconds, and the routing record."""
+
+    def __init__(self, built: Built, send: Callable[[FromEngine], None]) -> None:
+        self._account = Account(built.predict)
+        self._record = built.record
+        self._send = send
+        self._told = 0.0
+        self._recorded = time.monotonic()
+
+    def add(self, batch: Batch, seconds: float, *, idle: bool) -> None:
+        """Enter a step whose tokens are on their way."""
+        self._account.add(batch, seconds)
+        now = time.monotonic()
+        if idle or now - self._told >= TALLY_SECONDS:
+            self._told = now
+            self._send(Tallies(self._account.tallies()))
+        if now - self._recorded >= RECORD_SECONDS:
+            self._recorded = now
+            self._record()
 
 
 def _drain(inbox: Inbox, scheduler: Scheduler, progress: list[Progress]) -> bool:
@@ -178,72 +219,3 @@ def _drain(inbox: Inbox, scheduler: Scheduler, progress: list[Progress]) -> bool
         if said is not None:
             progress.append(said)
     return True
-
-
-def build_engine(settings: ServerSettings, progress: OnProgress, notice: OnNotice) -> Built:
-    """The real engine: settle what goes where, show the ledger, then load.
-
-    Raises ConfigError, CheckpointError, PlacementError or DeviceError (all ValueError) for what the operator can fix.
-    """
-    # Torch's OpenMP threads would otherwise spin between operations, on the cores that the expert workers need: with
-    # other work on the machine a decode step of a tiny model took 600 ms instead of 21 (measured 2026-11-22).
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    progress("importing torch", 0, 0)
-    from hybrid.engine import Engine
-
-    progress("placing the model", 0, 0)
-    model = ModelConfig.from_directory(settings.model)
-    facts = read_facts(settings.device)
-    dtype = settings.dtype
-    if dtype == "auto":
-        dtype = "bfloat16" if facts.device == "cuda" else "float32"
-    placement = place(model, facts, _wishes(settings, dtype, _maps_packed_file(settings, model)))
-    notice(placement.table())
-    config = EngineConfig(
-        model=settings.model,
-        device=facts.device,
-        dtype=dtype,
-        expert_format=settings.expert_format,
-        pool=PoolConfig(settings.threads, settings.expert_precision, None if settings.isa == "auto" else settings.isa),
-        n_pages=placement.n_pages,
-        page_size=placement.page_size,
-        experts=settings.experts,
-    )
-    engine = Engine(config, progress=progress, notice=notice)
-    sizes = SchedulerConfig(
-        n_pages=placement.n_pages,
-        page_size=placement.page_size,
-        max_batch_tokens=settings.max_batch_tokens,
-        max_running=settings.max_running,
-    )
-    max_model_len = min(placement.max_model_len, sizes.capacity)
-    return Built(engine.step, engine.close, sizes, max_model_len, facts.device_name)
-
-
-def _maps_packed_file(settings: ServerSettings, model: ModelConfig) -> bool:
-    """Whether the experts will come from the file of `hybrid pack`."""
-    from offload.store import packed_is_used
-
-    fmt = model.expert_format if settings.expert_format == "native" else settings.expert_format
-    if settings.experts == "kt" or not packed_path(settings.model, fmt).exists():
-        return False
-    checkpoint = Checkpoint(settings.model)
-    try:
-        return packed_is_used(
-            checkpoint, model.expert_name, model.expert_geometry, model.moe_layers, settings.expert_format
-        )
-    finally:
-        checkpoint.close()
-
-
-def _wishes(settings: ServerSettings, dtype: Literal["bfloat16", "float32"], packed: bool) -> Wishes:
-    return Wishes(
-        dtype=dtype,
-        expert_target=settings.expert_format,
-        max_model_len=settings.max_model_len,
-        max_running=settings.max_running,
-        max_batch_tokens=settings.max_batch_tokens,
-        kv_bytes=settings.kv_memory,
-        page_size=settings.page_size,
-        packed=packed,
-    )

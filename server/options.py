@@ -17,7 +17,7 @@ import yaml
 
 from server.settings import ServerSettings
 
-Kind = Literal["text", "texts", "path", "integer", "bytes", "number", "switch", "choice"]
+Kind = Literal["text", "texts", "path", "file", "integer", "bytes", "number", "switch", "choice"]
 
 PREFIX = "HYBRID_"
 LAST_PORT = 65535
@@ -25,6 +25,7 @@ EXPECTED: dict[Kind, str] = {
     "text": "text",
     "texts": "text that is not empty, or a list of such texts",
     "path": "a path",
+    "file": "a path",
     "integer": "a whole number above 0",
     "bytes": "a size such as 8GiB, 500MB or a number of bytes",
     "number": "a number",
@@ -35,6 +36,10 @@ UNITS = {
     "B": 1,
     **{f"{p}{b}": k ** (i + 1) for b, k in (("B", 1000), ("iB", 1024)) for i, p in enumerate("KMGT")},
 }
+SETTLED = (  # by a plan; `planned.py` takes them from there
+    "device", "dtype", "expert_format", "expert_precision", "experts", "isa", "threads", "max_model_len", "kv_memory",
+    "page_size", "max_batch_tokens", "max_running",
+)  # fmt: skip
 SWITCH = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 
 
@@ -79,7 +84,7 @@ class Option:
         match self.kind:
             case "texts":
                 return _filled(text.split(","))
-            case "path":
+            case "path" | "file":
                 return Path(text).expanduser()
             case "switch":
                 return SWITCH[text.lower()] if text.lower() in SWITCH else _refuse()
@@ -108,7 +113,7 @@ class Option:
                 return self._bounded(value)
             case "number" if whole or isinstance(value, float):
                 return self._bounded(float(value))
-            case "text" | "path" | "choice" | "bytes" if isinstance(value, str):
+            case "text" | "path" | "file" | "choice" | "bytes" if isinstance(value, str):
                 return self.from_text(value)
         return _refuse()
 
@@ -157,6 +162,13 @@ def read_file(path: Path, options: Iterable[Option]) -> dict[str, Any]:
     return values
 
 
+def refuse_settled(values: Mapping[str, Any]) -> None:
+    """Raises SettingsError for an option that was given though a plan, also given, settles it. `values` by field."""
+    twice = [option.flag for option in server_options() if option.field in SETTLED and option.field in values]
+    if "plan" in values and twice:
+        raise SettingsError(f"{twice[0]} is settled by --plan {values['plan']}; leave one out")
+
+
 def _mapping(path: Path) -> dict[Any, Any]:
     try:
         document = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -181,6 +193,8 @@ def _option(field: "dataclasses.Field[Any]", hint: Any) -> Option:
         kind: Kind = "choice"
     elif field.name.endswith("_memory"):
         kind = "bytes"
+    elif "file" in field.metadata:
+        kind = "file"
     else:
         kinds: dict[Any, Kind] = {int: "integer", float: "number", bool: "switch", Path: "path", str: "text"}
         kind = kinds.get(hint, "texts")

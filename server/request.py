@@ -4,8 +4,10 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from hybrid.batch import Sampling, TokenLogprob
+from placement.plan import Plan
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
+StepKind = Literal["decode", "prompt"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +71,8 @@ class Ready:
     max_model_len: int  # tokens, prompt and answer together
     device: str
     load_seconds: float
+    plan: Plan | None = None  # in force
+    profile: str = "none"  # name of the rates behind the predictions, or why there are none
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,5 +127,29 @@ class Stepped:
     stats: EngineStats
 
 
+@dataclass(frozen=True, slots=True)
+class Tally:
+    """Steps of one kind with `least` to `most` new tokens (of a decode step: sequences), since the engine's start.
+
+    `seconds` are sums over all steps, `recent_…` medians of the last ones. Predictions are None without a profile.
+    """
+
+    kind: StepKind
+    least: int
+    most: int
+    steps: int
+    seconds: float
+    predicted_seconds: float | None
+    recent_seconds: float
+    recent_predicted_seconds: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Tallies:
+    """Engine → REST: predicted against achieved; at most once a second, and when the engine falls idle."""
+
+    tallies: tuple[Tally, ...]
+
+
 ToEngine = Submit | Cancel | Shutdown
-FromEngine = LoadProgress | Notice | Ready | Failed | Stepped
+FromEngine = LoadProgress | Notice | Ready | Failed | Stepped | Tallies

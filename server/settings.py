@@ -33,6 +33,25 @@ class ServerSettings:
         default=(), repr=False, metadata={"help": "key that clients must send; may be given several times"}
     )
 
+    plan: Path | None = field(
+        default=None,
+        metadata={
+            "file": True,
+            "help": "plan of `hybrid plan`: sizes, formats, threads (default: planned at the start)",
+        },
+    )
+    profile: Path | None = field(
+        default=None,
+        metadata={
+            "file": True,
+            "help": "measured rates of this machine (default: those `hybrid measure` wrote, if any)",
+        },
+    )
+    record_routing: Path | None = field(
+        default=None,
+        metadata={"file": True, "help": "file to write how often each expert was chosen, every minute and at the end"},
+    )
+
     device: Device = field(default="auto", metadata={"help": "where everything but the routed experts runs"})
     dtype: Dtype = field(
         default="auto", metadata={"help": "type of the device weights; auto is bfloat16 on cuda and float32 on cpu"}

@@ -19,6 +19,7 @@ from hybrid.batch import Batch, Row, Sampling
 from hybrid.config import EngineConfig
 from hybrid.engine import Engine
 from hybrid.random_checkpoint import write_checkpoint
+from hybrid.trial_steps import pages_needed
 from offload.config import PoolConfig
 from tests import families
 from tests.bench import machine
@@ -100,11 +101,11 @@ def _answer(model: Path, device: Device, dtype: Dtype) -> tuple[np.ndarray, list
 def _timings(scratch: Path, given: argparse.Namespace) -> list[dict[str, Any]]:
     ceiling = machine.read_bandwidth()
     model = checkpoint(scratch, mid_size_config(given.experts_gb))
-    pages_each = pages_for(1024)
+    n_pages = pages_needed(PAGE_SIZE, 1024, 512, max(BATCHES), max(BATCHES))
     dtype: Dtype = "bfloat16" if given.against == "cuda" else "float32"
-    engine = _engine(model, given.against, dtype, "a8", pages_each * max(BATCHES))
+    engine = _engine(model, given.against, dtype, "a8", n_pages)
     try:
-        stepper = Stepper(engine, pages_each)
+        stepper = Stepper(engine)
         timings = [stepper.prefill(n_tokens, 5) for n_tokens in (512, 1024)]
         timings += [stepper.decode(batch, 512, 30) for batch in BATCHES]
     finally:

@@ -31,11 +31,11 @@ def count(ids, n, n_experts, ends):
 
 
 @njit(cache=True, **NOPYTHON)
-def begin(job_address, addresses, n_experts, x, ids, weights, n_tokens, k, y, ends):
+def begin(job_address, addresses, n_experts, x, ids, weights, n_tokens, k, y, ends, chosen):
     """Fill the job for `n_tokens` rows of x; returns how many experts they name, or UNKNOWN_EXPERT.
 
     `ids` int64 and `weights` float32 (n_tokens, k) are the router's; `ends` has room for an int64 for each expert.
-    Experts ascend, and an expert's tokens too.
+    `chosen` are as many counters that each expert's tokens are added to. Experts ascend, and an expert's tokens too.
     """
     job = job_at(job_address)
     if not count(ids, n_tokens * k, n_experts, ends):
@@ -48,6 +48,7 @@ def begin(job_address, addresses, n_experts, x, ids, weights, n_tokens, k, y, en
             store_i64(active, expert)
             store_i64(active + 8, start)
             store_i64(active + 16, tokens)
+            store_i64(chosen + 8 * expert, load_i64(chosen + 8 * expert) + tokens)
             n_active += 1
         store_i64(ends + 8 * expert, start)
         start += tokens
@@ -65,4 +66,4 @@ def begin(job_address, addresses, n_experts, x, ids, weights, n_tokens, k, y, en
 
 def warm() -> None:
     """Compile, or load from the cache."""
-    begin.compile("int64(int64, int64, int64, int64, int64, int64, int64, int64, int64, int64)")
+    begin.compile(f"int64({', '.join(['int64'] * 11)})")

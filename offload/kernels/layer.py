@@ -16,7 +16,7 @@ The job is a record in shared memory, filled by experts.py. Products and encoder
 import numpy as np
 from numba import from_dtype, njit
 
-from offload.config import GROUP
+from offload.config import GROUP, MAX_NODES
 from offload.kernels import amx
 from offload.kernels.intrinsics import (
     NOPYTHON,
@@ -31,7 +31,7 @@ from offload.kernels.intrinsics import (
     store_i64,
 )
 from offload.kernels.product import MAX_TOKENS, TOKENS, UNIT_SUMS
-from offload.kernels.sync import MAX_NODES, barrier, take, tick
+from offload.kernels.sync import barrier, take, tick
 
 MATRIX = np.dtype(
     [

@@ -16,6 +16,7 @@ them shows whether anybody moved; and each worker writes down the last generatio
 
 from numba import njit
 
+from offload.config import MAX_NODES
 from offload.kernels.intrinsics import (
     NOPYTHON,
     atomic_add,
@@ -28,7 +29,6 @@ from offload.kernels.intrinsics import (
 )
 
 LINE = 64  # bytes, one cache line
-MAX_NODES = 8  # memory nodes: two sockets of four
 GENERATION = 0 * LINE  # waitable: job number, changes when a job is published
 CONTROL = 1 * LINE  # two lines, written by the submitter, read by all
 N_WORKERS, FUNCTION, ARGUMENT, FUTEX, STATUS, GONE = (CONTROL + 8 * i for i in range(6))

@@ -7,7 +7,6 @@ document when --json is given.
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,10 @@ import torch
 
 from hybrid.config import EngineConfig
 from hybrid.engine import Engine
+from hybrid.trial_steps import pages_needed
 from offload.config import PoolConfig
 from tests.bench import machine
-from tests.bench.stepping import PAGE_SIZE, Stepper, Timing, checkpoint, mid_size_config, pages_for
+from tests.bench.stepping import PAGE_SIZE, Stepper, Timing, cache_folder, checkpoint, mid_size_config
 
 
 def main() -> int:
@@ -26,7 +26,6 @@ def main() -> int:
     given = _arguments()
     ceiling = machine.read_bandwidth()
     model = given.model or checkpoint(given.cache, mid_size_config(given.experts_gb))
-    pages_each = pages_for(max(given.prefill, given.context + 1))
     engine = Engine(
         EngineConfig(
             model=model,
@@ -34,12 +33,12 @@ def main() -> int:
             dtype=given.dtype,
             expert_format=given.expert_format,
             pool=PoolConfig(threads=given.threads, precision=given.expert_precision),
-            n_pages=pages_each * max(given.batches),
+            n_pages=pages_needed(PAGE_SIZE, given.prefill, given.context, max(given.batches), max(given.batches)),
             page_size=PAGE_SIZE,
         )
     )
     try:
-        stepper = Stepper(engine, pages_each)
+        stepper = Stepper(engine)
         timings = [stepper.prefill(given.prefill, given.prefill_steps)]
         timings += [stepper.decode(batch, given.context, given.steps) for batch in given.batches]
     finally:
@@ -80,11 +79,10 @@ def describe(given: argparse.Namespace) -> str:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.bench.step", description=__doc__)
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     parser.add_argument("--json", action="store_true", help="end with one JSON document")
     parser.add_argument("--model", type=Path, help="checkpoint to time (default: a random one)")
     parser.add_argument("--experts-gb", type=float, default=1.3, help="size of the random one's experts")
-    parser.add_argument("--cache", type=Path, default=home / "hybrid" / "bench", help="where it is kept")
+    parser.add_argument("--cache", type=Path, default=cache_folder(), help="where it is kept")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--expert-format", choices=("native", "int8", "int4"), default="native")

@@ -1,14 +1,16 @@
 """Times `Engine.step` on random ids: the prefill of one prompt, and decoding at a batch size.
 
-Shared by `tests.bench.step` and `tests.gpu`. Ids are drawn anew for every step, so that the experts a step touches are
-those of fresh tokens and not of a sequence that repeats itself.
+Shared by `tests.bench.step` and `tests.gpu`, with the checkpoints that benches run on. The steps themselves are
+`hybrid.trial_steps`.
 """
 
 import hashlib
 import json
 import math
+import os
 import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +18,10 @@ from typing import Any
 import numpy as np
 
 from hybrid import random_checkpoint
-from hybrid.batch import Batch, Row, Sampling, StepOutput
+from hybrid.batch import StepOutput
 from hybrid.config import ModelConfig
 from hybrid.engine import Engine
+from hybrid.trial_steps import TrialSteps
 
 REPO = Path(__file__).resolve().parents[2]
 PAGE_SIZE = 16
@@ -48,52 +51,32 @@ class Timing:
 
 
 class Stepper:
-    """Drives one engine. Pages of the request in slot i are the i-th stretch of the cache."""
+    """Times one engine's steps."""
 
-    def __init__(self, engine: Engine, pages_each: int) -> None:
-        self._engine = engine
-        self._pages_each = pages_each
-        self._random = np.random.default_rng(SEED)
+    def __init__(self, engine: Engine) -> None:
+        self._steps = TrialSteps(engine)
 
     def prefill(self, n_tokens: int, steps: int) -> Timing:
         """One prompt of `n_tokens` new ids at a time."""
-        rows = [self._row(0, n_tokens, 0)]
-        self._step(rows)  # warm: kernels compiled, pages touched
-        return self._timed("prefill", lambda: [self._row(0, n_tokens, 0)], steps, 0)
+        self._steps.prompt(n_tokens)  # warm: kernels compiled, pages touched
+        return _timing("prefill", 1, n_tokens, 0, [self._steps.prompt(n_tokens)[0] for _ in range(steps)])
 
     def decode(self, batch: int, context: int, steps: int) -> Timing:
         """`batch` requests, each with `context` ids in the cache, one new id each for every step."""
-        for slot in range(batch):
-            self._step([self._row(slot, context, 0)])
-        self._step([self._row(slot, 1, context) for slot in range(batch)])
-        return self._timed("decode", lambda: [self._row(slot, 1, context) for slot in range(batch)], steps, context)
+        self._steps.fill(context, batch, context)
+        self._steps.decode(batch)
+        return _timing("decode", batch, batch, context, [self._steps.decode(batch) for _ in range(steps)])
 
-    def _timed(self, phase: str, rows: Any, steps: int, context: int) -> Timing:
-        seconds, outputs = [], []
-        batch: list[Row] = []
-        for _ in range(steps):
-            batch = rows()
-            began = time.perf_counter()
-            outputs.append(self._step(batch))
-            seconds.append(time.perf_counter() - began)
-        median = statistics.median(seconds)
-        n_tokens = sum(len(row.ids) for row in batch)
-        low, high = np.percentile(seconds, [5, 95])
-        touched = statistics.mean(out.expert_bytes for out in outputs)
-        return Timing(
-            phase, len(batch), n_tokens, context, steps, median, float(low), float(high), n_tokens / median,
-            touched, statistics.mean(out.distinct_experts for out in outputs), touched / median,
-        )  # fmt: skip
 
-    def _step(self, rows: list[Row]) -> StepOutput:
-        return self._engine.step(Batch(tuple(rows)))
-
-    def _row(self, slot: int, n_new: int, position: int) -> Row:
-        ids = self._random.integers(0, self._engine.model.vocab_size, n_new)
-        first = slot * self._pages_each
-        n_pages = math.ceil((position + n_new) / PAGE_SIZE)
-        pages = tuple(range(first, first + n_pages))
-        return Row(slot, tuple(int(i) for i in ids), position, pages, Sampling(temperature=1.0, seed=slot))
+def _timing(phase: str, batch: int, n_tokens: int, context: int, outputs: Sequence[StepOutput]) -> Timing:
+    seconds = [out.seconds for out in outputs]
+    median = statistics.median(seconds)
+    low, high = np.percentile(seconds, [5, 95])
+    touched = statistics.mean(out.expert_bytes for out in outputs)
+    return Timing(
+        phase, batch, n_tokens, context, len(outputs), median, float(low), float(high), n_tokens / median,
+        touched, statistics.mean(out.distinct_experts for out in outputs), touched / median,
+    )  # fmt: skip
 
 
 def pages_for(n_tokens: int) -> int:
@@ -115,6 +98,11 @@ def mid_size_config(expert_gb: float) -> dict[str, Any]:
     of_eight = len(model.moe_layers) * 8 * model.expert_geometry.expert_bytes("int4")
     text["n_routed_experts"] = 8 * max(2, round(expert_gb * 1e9 / of_eight))
     return raw
+
+
+def cache_folder() -> Path:
+    """Where benches keep checkpoints between runs."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hybrid" / "bench"
 
 
 def checkpoint(cache: Path, raw: dict[str, Any]) -> Path:

@@ -6,7 +6,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import torch
 
@@ -170,6 +172,49 @@ def test_a_step_reports_its_cost(k25: Engine) -> None:
     assert output.distinct_experts == n_layers * chosen
     assert output.expert_bytes == n_layers * chosen * k25.model.expert_geometry.expert_bytes("int4")
     assert output.seconds > 0
+
+
+def test_choices_name_the_experts_that_tokens_went_to(k25: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, given = k25.choices(), []
+    submit = k25._experts.submit
+
+    def listen(layer: int, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> Any:
+        given.append(ids.clone())
+        return submit(layer, x, ids, weights)
+
+    monkeypatch.setattr(k25._experts, "submit", listen)
+    step(k25, Row(0, prompt(21, seed=9), 0, (0, 1, 2)))
+    after, n_experts = k25.choices(), k25.model.n_routed_experts
+    assert after.layers == k25.model.moe_layers and after.tokens - before.tokens == 21
+    expected = [np.bincount(ids.numpy().ravel(), minlength=n_experts) for ids in given]
+    assert np.array_equal(after.counts - before.counts, expected)
+
+
+def test_another_pool_on_the_loaded_experts(
+    directories: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit the same scores with other threads, near ones with the other precision, nothing read again."""
+    engine, ids = open_engine(directories("kimi_k25")), prompt(40, seed=7)
+    row = Row(0, ids, 0, pages(0, 40), targets=ids[1:])
+
+    def scores() -> list[float]:
+        return [scored.logprob for scored in step(engine, row)[0].scored]
+
+    with monkeypatch.context() as patch:
+        for name in ("open_store", "load_weights"):
+            patch.setattr(f"hybrid.engine.{name}", Mock(side_effect=AssertionError("read again")))
+        before = scores()
+        engine.use_pool(PoolConfig(threads=2))
+        assert scores() == before
+        assert engine.config.pool == PoolConfig(threads=2)
+        engine.use_pool(PoolConfig(threads=1, precision="a16"))
+        # The two differ by a8's rounding, about 1 % of a layer's output; a wrong expert or weight moves them by 1.
+        assert 0 < np.abs(np.subtract(scores(), before)).mean() < 0.1
+        with pytest.raises(ValueError, match="threads: expected 1 to"):
+            engine.use_pool(PoolConfig(threads=0))
+        engine.use_pool(PoolConfig(threads=1))
+        assert scores() == before
+    engine.close()
 
 
 def test_naive_and_absorbed_agree(directories: Callable[[str], Path]) -> None:

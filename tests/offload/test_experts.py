@@ -315,6 +315,56 @@ def test_counters(int4: Case) -> None:
     assert int4.experts.stats().wanted_experts == 4
 
 
+def test_choices_are_counted_by_layer_and_expert(int4: Case) -> None:
+    """Masked ids, an expert named twice, a refused submit: against np.bincount of the ids."""
+    rng, expected = np.random.default_rng(8), np.zeros((2, 6), np.int64)
+    for tokens, k, layer in ((5, 2, LAYER), (1, 3, 8), (40, 2, 8), (0, 2, LAYER), (7, 1, LAYER)):
+        ids = rng.integers(-1, 6, (tokens, k))
+        int4.run(np.ones((tokens, 160), np.float32), ids, np.ones((tokens, k)), layer=layer)
+        expected[(LAYER, 8).index(layer)] += np.bincount(ids[ids >= 0], minlength=6)
+    with pytest.raises(ValueError, match="got 1 to 6"):
+        int4.run(np.ones((1, 160), np.float32), np.array([[1, 6]]), np.ones((1, 2)))
+    layers, counts, tokens = int4.experts.choices()
+    assert (layers, tokens) == ((LAYER, 8), 12)
+    assert counts.dtype == np.int64 and np.array_equal(counts, expected)
+    int4.run(np.ones((1, 160), np.float32), np.array([[1]]), np.ones((1, 1)))
+    assert np.array_equal(counts, expected), "a copy"
+
+
+def test_other_workers_take_over(int4: Case) -> None:
+    """Bit for bit the same with other threads, near with the other precision; counters and weights stay."""
+    question = routed(np.random.default_rng(6), 9, int4.store.geometry, 2)
+    before, threads = int4.run(*question), threading.active_count()
+    for n, precision in ((1, "a8"), (3, "a8"), (1, "a16")):
+        config = PoolConfig(threads=n, precision=precision)  # type: ignore[arg-type]
+        int4.experts = int4.experts.with_pool(config, unpinned(n, 1))
+        assert int4.experts.n_workers == n and threading.active_count() == threads + n - 2
+        after = int4.run(*question)
+        if precision == "a8":
+            assert np.array_equal(after, before)
+        else:
+            assert 0 < np.linalg.norm(after - before) / np.linalg.norm(before) < 0.03  # a8's error, and not none
+    assert int4.experts.stats().tokens == 4 * 9
+    assert int4.experts.choices().counts[0].sum() == 4 * 9 * 2
+
+
+def test_workers_that_cannot_take_over_change_nothing(int4: Case) -> None:
+    question = routed(np.random.default_rng(6), 9, int4.store.geometry, 2)
+    before, threads = int4.run(*question), threading.active_count()
+    with pytest.raises(ValueError, match=r"threads: .* over 1 memory nodes, .* would use 2"):
+        int4.experts.with_pool(PoolConfig(threads=2), unpinned(2, 2))
+    missing = [isa for isa in REQUIRED if isa not in available()]
+    if missing:
+        with pytest.raises(ValueError, match="cannot run on this machine"):
+            int4.experts.with_pool(PoolConfig(isa=missing[0]), unpinned(2, 1))  # type: ignore[arg-type]
+    assert threading.active_count() == threads
+    assert np.array_equal(int4.run(*question), before)
+    pending = int4.experts.submit(LAYER, *(torch.from_numpy(np.array(array)) for array in question))
+    with pytest.raises(RuntimeError, match="a layer is running"):
+        int4.experts.with_pool(PoolConfig(threads=1), unpinned(1, 1))
+    assert np.array_equal(pending.wait().numpy(), before)
+
+
 def test_hints_are_checked(int4: Case) -> None:
     with pytest.raises(ValueError, match="layer: 4"):
         int4.experts.hint(4, torch.tensor([[0]]))

@@ -126,6 +126,9 @@ def test_counters(fake: KtExperts) -> None:
     fake.hint(2, ids)
     assert not fake.wants_hints and fake.stats() == stats
     assert fake.n_workers == 2 and fake.isa == "fake"
+    layers, counts, tokens = fake.choices()
+    assert (layers, tokens) == (LAYERS, 4)
+    assert np.array_equal(counts, [np.bincount(ids.numpy().ravel(), minlength=5)] * 2)
 
 
 def test_what_a_caller_does_wrong(fake: KtExperts) -> None:

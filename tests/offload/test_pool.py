@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from numba import cfunc, types
 
+from offload.config import MAX_NODES
 from offload.kernels import sync
 from offload.kernels.intrinsics import (
     NOPYTHON,
@@ -137,7 +138,7 @@ def test_every_task_is_taken_once() -> None:
 def test_the_words_of_a_pool_do_not_overlap() -> None:
     lines = [sync.GENERATION, sync.CONTROL, sync.PATIENCE, sync.DONE]
     lines += [sync.BARRIERS + i * sync.LINE for i in range(sync.N_BARRIERS)]
-    lines += [sync.COUNTERS + i * sync.LINE for i in range(sync.N_COUNTERS * sync.MAX_NODES)]
+    lines += [sync.COUNTERS + i * sync.LINE for i in range(sync.N_COUNTERS * MAX_NODES)]
     assert [*lines, sync.WORKERS] == [i * sync.LINE for i in range(len(lines) + 1)]
     assert sync.GONE < sync.PATIENCE
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from offload.kernels.sync import MAX_NODES
+from offload.config import MAX_NODES
 from offload.topology import Place, Topology, allowed_cpus, cores_by_node, cpu_quota, find_topology, physical_cores
 
 

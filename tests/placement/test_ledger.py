@@ -14,51 +14,25 @@ from hybrid.random_checkpoint import write_checkpoint
 from offload.checkpoint import Checkpoint
 from offload.config import ExpertFormat
 from placement.facts import Facts
-from placement.ledger import PlacementError, Wishes, expert_bytes, human, place, weight_bytes
+from placement.ledger import (
+    HOST_RESERVE,
+    Layout,
+    PlacementError,
+    Wishes,
+    expert_bytes,
+    fit,
+    human,
+    layout_of,
+    place,
+    weight_bytes,
+)
+from placement.plan import WeightDtype
+from tests.reference.k25 import K25
+from tests.reference.k25 import K25_TEXT as K25_TEXT  # where other tests look for it
 
 GIB = 2**30
 
-# The shape of Kimi-K2.5, whose sizes are known from its model card.
-K25_TEXT = {
-    "model_type": "kimi_k2",
-    "hidden_size": 7168,
-    "num_hidden_layers": 61,
-    "first_k_dense_replace": 1,
-    "moe_layer_freq": 1,
-    "intermediate_size": 18432,
-    "moe_intermediate_size": 2048,
-    "num_attention_heads": 64,
-    "num_key_value_heads": 64,
-    "q_lora_rank": 1536,
-    "kv_lora_rank": 512,
-    "qk_nope_head_dim": 128,
-    "qk_rope_head_dim": 64,
-    "v_head_dim": 128,
-    "n_routed_experts": 384,
-    "num_experts_per_tok": 8,
-    "n_shared_experts": 1,
-    "n_group": 1,
-    "topk_group": 1,
-    "topk_method": "noaux_tc",
-    "scoring_func": "sigmoid",
-    "norm_topk_prob": True,
-    "routed_scaling_factor": 2.827,
-    "rms_norm_eps": 1e-5,
-    "vocab_size": 163840,
-    "max_position_embeddings": 262144,
-    "rope_theta": 50000.0,
-    "tie_word_embeddings": False,
-    "hidden_act": "silu",
-    "eos_token_id": 163586,
-    "quantization_config": {
-        "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
-        "config_groups": {
-            "group_0": {"weights": {"num_bits": 4, "type": "int", "symmetric": True, "group_size": 32}},
-        },
-    },
-}
-K25 = ModelConfig.from_json({"model_type": "kimi_k25", "eos_token_id": 163586, "text_config": K25_TEXT})
+EXPERT = 24_772_608  # bytes of one of K2.5's
 WISHES = Wishes("bfloat16", "native", max_model_len=None, max_running=16, max_batch_tokens=512)
 WORKSTATION = Facts("cuda", "GPU", 48 * GIB, 47 * GIB, 768 * GIB, 760 * GIB)
 
@@ -244,3 +218,104 @@ def test_whatever_fits_really_fits(
         assert needed <= facts.ram_free
     elif not placement.notes and device == "cpu":
         assert placement.n_bytes("RAM") + placement.n_bytes("device") <= facts.ram_free
+
+
+def bytes_of(layout: Layout, facts: Facts) -> dict[tuple[str, str], int]:
+    """The ledger of K2.5 as (place, first word) to bytes; pages are told apart by their place."""
+    found: dict[tuple[str, str], int] = {}
+    for entry in fit(K25, facts, layout).entries:
+        key = (entry.where, entry.what.split(" ")[0].rstrip(":,"))
+        found[key] = found.get(key, 0) + entry.n_bytes
+    return found
+
+
+def test_narrow_weights_leave_norms_router_embedding_and_head_as_they_are() -> None:
+    wide, narrow = weight_bytes(K25, 2), weight_bytes(K25, 2, 1)
+    for group in ("attention", "shared experts", "dense MLP"):
+        assert narrow[group] * 2 == wide[group]
+    for group in ("embedding", "norms", "router (float32)", "output head"):
+        assert narrow[group] == wide[group]
+    # 11.9 GB as offloading papers count: no embedding, and the router in bf16 instead of float32.
+    router = wide["router (float32)"]
+    assert sum(narrow.values()) - narrow["embedding"] - router / 2 == pytest.approx(11.9e9, rel=0.01)
+
+
+def test_a_layout_that_uses_every_place() -> None:
+    facts = Facts("cuda", "GPU", 96 * GIB, 96 * GIB, 520 * GIB, 520 * GIB)
+    slots, page = (40,) * 60, 16 * 70272
+    layout = Layout(
+        "bfloat16", "int4", 50_000, max_running=4, slots=slots, experts_leave_ram=True, embedding_in_ram=True,
+        ring_experts=4, kv_bytes=2000 * page, kv_in_ram=3000 * page + 5,
+    )  # fmt: skip
+    placement, found = fit(K25, facts, layout), bytes_of(layout, facts)
+    assert (placement.n_pages, placement.pages_in_ram, placement.max_model_len) == (2000, 3000, 50_000)
+    assert found["device", "routed"] == 2400 * EXPERT
+    assert found["RAM", "routed"] == (60 * 384 - 2400) * EXPERT
+    assert found["device", "ring"] == 4 * EXPERT
+    assert found["device", "buffers"] == 2 * (3000 * page + 5) // 61
+    assert (found["device", "KV"], found["RAM", "KV"]) == (2000 * page, 3000 * page)
+    assert found["RAM", "embedding"] == 163840 * 7168 * 2
+    assert ("device", "embedding") not in found
+    assert placement.n_bytes("device") <= facts.device_free
+    assert placement.n_bytes("RAM") + HOST_RESERVE <= facts.ram_free
+    copies = replace(layout, experts_leave_ram=False)
+    with pytest.raises(PlacementError, match=r"RAM has 558\.35 GB free and 571\.30 GB are needed for the experts"):
+        fit(K25, facts, copies)
+    with pytest.raises(PlacementError, match=r"RAM has 558\.35 GB free and .* are needed$"):
+        fit(K25, facts, replace(layout, kv_in_ram=60 * 10**9))
+
+
+def test_pages_in_ram_are_no_more_than_can_run() -> None:
+    layout = Layout("bfloat16", "int4", 1000, max_running=2, kv_bytes=100 * 16 * 70272, kv_in_ram=10**9)
+    placement = fit(K25, WORKSTATION, layout)
+    assert (placement.n_pages, placement.pages_in_ram) == (100, 2 * 63 - 100)
+
+
+def test_mapped_experts_that_ram_does_not_hold_are_on_the_disk() -> None:
+    facts = Facts("cuda", "GPU", 96 * GIB, 96 * GIB, 256 * GIB, 250 * GIB)
+    layout = Layout("bfloat16", "int4", 8192, mapped=True, slots=(45,) * 60)
+    placement, found = fit(K25, facts, layout), bytes_of(layout, facts)
+    outside = (384 - 45) * 60 * EXPERT
+    assert found["RAM", "routed"] == 250 * GIB - HOST_RESERVE
+    assert found["disk", "routed"] == outside - found["RAM", "routed"]
+    assert placement.from_disk == pytest.approx(found["disk", "routed"] / outside)
+    assert fit(K25, WORKSTATION, replace(layout, slots=())).from_disk == 0
+
+
+def test_wishes_that_leave_everything_open() -> None:
+    assert layout_of(K25, WORKSTATION, Wishes()).weights == "bfloat16"
+    assert layout_of(K25, cpu(1000), Wishes()).weights == "float32"
+    placement = place(K25, WORKSTATION, Wishes())
+    assert any(entry.what == "workspace for 512 tokens (estimate)" for entry in placement.entries)
+
+
+@given(
+    weights=st.sampled_from(["float32", "bfloat16", "fp8", "int8"]),
+    vram=st.integers(8, 200),
+    memory=st.integers(1, 1200),
+    slots=st.integers(0, 100),
+    leave=st.booleans(),
+    embedding=st.booleans(),
+    ring=st.sampled_from([0, 4]),
+    mapped=st.booleans(),
+    kv=st.integers(0, 10**11),
+)
+def test_every_expert_lies_somewhere(
+    weights: WeightDtype, vram: int, memory: int, slots: int, leave: bool, embedding: bool, ring: int, mapped: bool,
+    kv: int,
+) -> None:  # fmt: skip
+    facts = Facts("cuda", "GPU", vram * GIB, vram * GIB, memory * GIB, memory * GIB)
+    layout = Layout(
+        weights, "int4", None, mapped=mapped, slots=(slots,) * 60, experts_leave_ram=leave, embedding_in_ram=embedding,
+        ring_experts=ring, kv_in_ram=kv,
+    )  # fmt: skip
+    try:
+        placement = fit(K25, facts, layout)
+    except PlacementError as error:
+        assert "\n" not in str(error)
+        return
+    assert placement.n_bytes("device") <= facts.device_free
+    assert placement.n_bytes("RAM") + HOST_RESERVE <= facts.ram_free
+    routed = sum(entry.n_bytes for entry in placement.entries if entry.what.startswith("routed experts"))
+    copies = 0 if leave or mapped else slots * 60 * EXPERT
+    assert routed - copies == 60 * 384 * EXPERT

@@ -10,9 +10,12 @@ import time
 from dataclasses import replace
 
 from hybrid.batch import Batch, Row, RowOutput, StepOutput
+from hybrid.config import ModelConfig
+from placement.probe import find_hardware
 from server.engine_process import Built, OnNotice, OnProgress
 from server.scheduler import SchedulerConfig
 from server.settings import ServerSettings
+from tests.reference import plans
 from tests.reference.fake_step import FakeStep
 
 N_PAGES = 512
@@ -110,6 +113,28 @@ def build_never(settings: ServerSettings, progress: OnProgress, notice: OnNotice
     progress("loading weights", 50, 100)
     time.sleep(3600)
     raise AssertionError("unreachable")
+
+
+def build_planned(settings: ServerSettings, progress: OnProgress, notice: OnNotice) -> Built:
+    """Like `build`, under a plan, with steps that say they took 0.5 s and were predicted to take 0.4 s."""
+    built = build(settings, progress, notice)
+    plan = plans.plan(ModelConfig.from_directory(settings.model), find_hardware())
+
+    def step(batch: Batch) -> StepOutput:
+        return replace(built.step(batch), seconds=0.5)
+
+    return replace(built, step=step, plan=plan, profile="made-up", predict=lambda batch: 0.4)
+
+
+def build_recording(settings: ServerSettings, progress: OnProgress, notice: OnNotice) -> Built:
+    """Like `build_fragile`; its record is a file in the model's directory that grows by a line with each writing."""
+    built = build_fragile(settings, progress, notice)
+
+    def record() -> None:
+        with (settings.model / "record").open("a") as file:
+            file.write("written\n")
+
+    return replace(built, record=record)
 
 
 def build_misconfigured(settings: ServerSettings, progress: OnProgress, notice: OnNotice) -> Built:

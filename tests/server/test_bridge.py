@@ -19,6 +19,7 @@ from server.bridge import GAUGES, EngineBridge
 from server.request import EngineStats, LoadProgress, Notice, Progress, Ready, Request
 from server.settings import ServerSettings
 from tests.reference.fake_engine import END_ID
+from tests.reference.fake_server import write_model
 
 BUILDS = "tests.reference.fake_engine"
 LONG = 400  # tokens: more than a test waits for
@@ -269,3 +270,29 @@ def test_the_engine_dies_with_its_parent(tiny_model: Path, build: str) -> None:
         child = psutil.Process(int(parent.stdout.readline()))
         parent.kill()
     child.wait(timeout=30)
+
+
+async def test_tallies_arrive_and_are_those_of_the_engine_that_answers(tmp_path: Path) -> None:
+    async with bridging(write_model(tmp_path / "tiny"), "build_recording") as bridge:
+        await ready(bridge)
+        assert bridge.tallies == ()
+        await ask(bridge, 1, "abcd", max_tokens=5)
+        await until(lambda: sum(tally.steps for tally in bridge.tallies) == 5)
+        assert [(tally.kind, tally.most, tally.steps) for tally in bridge.tallies] == [
+            ("decode", 1, 4),
+            ("prompt", 4, 1),
+        ]
+        await ask(bridge, 2, "@")  # the engine dies
+        assert bridge.tallies == ()
+
+
+async def test_the_record_is_written_at_the_end_and_after_a_crash(tmp_path: Path) -> None:
+    model = write_model(tmp_path / "tiny")
+    async with bridging(model, "build_recording") as bridge:
+        await ready(bridge)
+        await ask(bridge, 1, "abcd")
+        assert not (model / "record").exists()
+        await ask(bridge, 2, "!")  # a step raises
+        await until(lambda: bridge.phase == "ready")
+        assert (model / "record").read_text() == "written\n"
+    assert (model / "record").read_text() == "written\n" * 2

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from hybrid.config import ModelConfig
-from server.engine_process import _maps_packed_file
+from server.engine_builder import _maps_packed_file
 from server.settings import ServerSettings
 
 REPO = Path(__file__).resolve().parents[2]

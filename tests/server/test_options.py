@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from server.options import SettingsError, read_environment, read_file, server_options
+from server.options import SETTLED, SettingsError, read_environment, read_file, refuse_settled, server_options
 from server.settings import ServerSettings
 
 OPTIONS = server_options()
@@ -41,6 +41,7 @@ def test_names() -> None:
         ("api_key", "a,,b,", ("a", "b")),
         ("drain_seconds", "0.5", 0.5),
         ("model", "/m", Path("/m")),
+        ("plan", "/p.yaml", Path("/p.yaml")),
         ("served_model_name", "123", "123"),
     ],
 )
@@ -141,3 +142,26 @@ def test_environment_refusals(variable: str, text: str, words: str) -> None:
     with pytest.raises(SettingsError) as caught:
         read_environment({variable: text}, OPTIONS)
     assert str(caught.value) == words
+
+
+def test_kinds_of_paths() -> None:
+    assert {option.field: option.kind for option in OPTIONS if option.kind in ("path", "file")} == {
+        "model": "path",
+        "plan": "file",
+        "profile": "file",
+        "record_routing": "file",
+    }
+
+
+@pytest.mark.parametrize("field", SETTLED)
+def test_what_a_plan_settles_is_refused_beside_it(field: str) -> None:
+    given = {"plan": Path("p.yaml"), "port": 1, field: BY_FIELD[field].default}
+    with pytest.raises(SettingsError) as caught:
+        refuse_settled(given)
+    assert str(caught.value) == f"{BY_FIELD[field].flag} is settled by --plan p.yaml; leave one out"
+    del given["plan"]
+    refuse_settled(given)
+
+
+def test_what_a_plan_leaves_open() -> None:
+    refuse_settled({option.field: option.default for option in OPTIONS if option.field not in SETTLED})

@@ -1,0 +1,83 @@
+"""How often each expert is chosen: recorded from real use, or the uniform law where there is no record.
+
+A record is a JSON file that the server writes (`hybrid serve --record-routing FILE`): tokens seen, and how many of them
+chose each expert of each layer. Knows no costs.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from hybrid.config import ModelConfig
+
+DOCUMENT = "hybrid routing"
+Shares = npt.NDArray[np.float64]
+
+
+class RoutingError(ValueError):
+    """A record that cannot be used with this model. One line with the file and the remedy."""
+
+
+@dataclass(frozen=True, slots=True)
+class Routing:
+    """`shares` (L, E): the probability that a token chooses each expert of each MoE layer; a row's sum is top-k."""
+
+    shares: Shares
+    tokens: int | None  # that were recorded; None for the uniform law
+
+    @property
+    def uniform(self) -> bool:
+        return self.tokens is None
+
+
+def uniform(model: ModelConfig) -> Routing:
+    """Every expert as often as any other: the most distinct experts that a batch can have in expectation."""
+    share = model.num_experts_per_tok / model.n_routed_experts
+    return Routing(np.full((len(model.moe_layers), model.n_routed_experts), share), None)
+
+
+def distinct(shares: Shares, tokens: int) -> Shares:
+    """Expected distinct experts by layer of so many tokens, (L,): sum of 1 - (1 - q)^tokens, tokens independent."""
+    return np.asarray((1 - (1 - shares) ** tokens).sum(axis=-1))
+
+
+def write_routing(path: Path, layers: tuple[int, ...], counts: npt.NDArray[np.int64], tokens: int) -> None:
+    """Write a record: `counts` (L, E) of `tokens` tokens. Raises OSError."""
+    rows = {str(layer): row.tolist() for layer, row in zip(layers, counts, strict=True)}
+    scratch = path.with_name(f".{path.name}.part")
+    scratch.write_text(json.dumps({"document": DOCUMENT, "version": 1, "tokens": tokens, "chosen": rows}))
+    scratch.replace(path)
+
+
+def read_routing(path: Path, model: ModelConfig) -> Routing:
+    """A record as probabilities. Each expert counts as chosen half a time more than it was, so that none is
+    impossible. Raises RoutingError."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RoutingError(f"{path}: cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise RoutingError(f"{path}: not JSON: {error}") from None
+    if not isinstance(values, dict) or values.get("document") != DOCUMENT or values.get("version") != 1:
+        raise RoutingError(f"{path}: not a routing record of this version; make one with --record-routing")
+    tokens, rows = values.get("tokens"), values.get("chosen")
+    wanted = [str(layer) for layer in model.moe_layers]
+    if type(tokens) is not int or tokens < 1 or not isinstance(rows, dict) or list(rows) != wanted:
+        raise RoutingError(f"{path}: expected tokens above 0 and layers {wanted[0]} to {wanted[-1]}: another model's?")
+    counts = np.array([_counts(path, layer, row, model.n_routed_experts) for layer, row in rows.items()]) + 0.5
+    shares = counts / counts.sum(axis=1, keepdims=True) * model.num_experts_per_tok
+    if shares.max() > 1 + 1e-9:  # which rounding does not reach
+        layer = wanted[int(shares.max(axis=1).argmax())]
+        raise RoutingError(
+            f"{path}: chosen.{layer}: an expert more than once for a token; make one with --record-routing"
+        )
+    return Routing(shares, tokens)
+
+
+def _counts(path: Path, layer: str, row: object, n_experts: int) -> list[int]:
+    if not isinstance(row, list) or len(row) != n_experts or not all(type(n) is int and n >= 0 for n in row):
+        raise RoutingError(f"{path}: chosen.{layer}: expected {n_experts} counts of at least 0: another model's?")
+    return row

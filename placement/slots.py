@@ -1,0 +1,40 @@
+"""Which experts get the VRAM that is left: slots dealt over the layers, the most valuable first.
+
+A layer's n-th hottest expert saves a step so many seconds (`cost.slot_values`), less than the one before it: the curve
+of its savings is concave. All slots cost the same bytes, so taking the largest values of all layers is optimal: they
+are the top of every layer's own list, and no other choice of as many has a larger sum (an exchange argument; the test
+compares with every possible deal). Where a value rises along a layer's list that is no longer so: the good expert
+behind a poor one cannot be had alone, and a deal that passes the poor one by misses both.
+Knows no models and no devices. Called by the planner.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+
+class SlotMarket:
+    """Values sorted once, dealt for any number of slots. `values` (L, E): seconds saved by each layer's n-th slot."""
+
+    def __init__(self, values: npt.NDArray[np.float64]) -> None:
+        self._n_layers, n_slots = values.shape
+        # A slot is worth no more than the ones before it in its layer: it cannot be had without them.
+        reachable = np.minimum.accumulate(values, axis=1)
+        # Equal values: first slots before second ones, so that equal layers get equal shares.
+        by_slot = reachable.T.ravel()
+        order = np.argsort(-by_slot, kind="stable")
+        self._layers = np.tile(np.arange(self._n_layers), n_slots)[order]
+        self.worth: npt.NDArray[np.float64] = by_slot[order]  # of each further slot, descending
+
+    def deal(self, n: int) -> tuple[int, ...]:
+        """Slots of each layer, `n` in all (fewer where the experts end); () for none."""
+        if n <= 0:
+            return ()
+        counts = np.bincount(self._layers[:n], minlength=self._n_layers)
+        return tuple(int(count) for count in counts)
+
+
+def worth(values: npt.NDArray[np.float64], slots: Sequence[int]) -> float:
+    """Seconds that a deal saves."""
+    return sum(float(row[:n].sum()) for row, n in zip(values, slots, strict=True))

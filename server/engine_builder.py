@@ -1,0 +1,206 @@
+"""The real engine: settle what goes where, show the ledger and what is predicted, then load.
+
+Runs in the engine process, which names `build_engine` by its path. Torch is imported here and nowhere else in `server`,
+inside that function. Knows no requests and sends nothing.
+"""
+
+import logging
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hybrid.config import EngineConfig, ModelConfig
+from offload.checkpoint import Checkpoint
+from offload.config import PoolConfig
+from offload.sources import packed_path
+from offload.topology import find_topology
+from placement.cost import CostError
+from placement.facts import Facts, read_facts
+from placement.ledger import Placement, PlacementError, Wishes, fit, layout_of, place
+from placement.plan import Goal, Plan
+from placement.planner import make_plan
+from placement.probe import find_hardware
+from placement.routing import uniform, write_routing
+from server.account import Predict, predictor
+from server.default_model import cache_directory
+from server.engine_process import Built, OnNotice, OnProgress, nothing
+from server.options import SettingsError
+from server.planned import Rates, load_plan, load_rates, with_plan
+from server.scheduler import SchedulerConfig
+from server.settings import ServerSettings
+
+if TYPE_CHECKING:
+    from hybrid.engine import Engine
+
+logger = logging.getLogger(__name__)
+
+
+def build_engine(settings: ServerSettings, progress: OnProgress, notice: OnNotice) -> Built:
+    """The real engine: settle what goes where, show the ledger, then load.
+
+    Raises ConfigError, CheckpointError, DocumentError, PlacementError or DeviceError (all ValueError) for what the
+    operator can fix.
+    """
+    # Torch's OpenMP threads would otherwise spin between operations, on the cores that the expert workers need: with
+    # other work on the machine a decode step of a tiny model took 600 ms instead of 21 (measured 2026-11-22).
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    progress("importing torch", 0, 0)
+    with ThreadPoolExecutor(1) as beside:  # nvidia-smi takes a second, and so does torch
+        asked = beside.submit(find_hardware, settings.model)
+        from hybrid.engine import Engine
+
+        hardware = asked.result()
+    progress("placing the model", 0, 0)
+    model = ModelConfig.from_directory(settings.model)
+    rates = load_rates(settings, _default_profile(), hardware)
+    plan = load_plan(settings.plan, model, hardware) if settings.plan else None
+    if plan is not None:
+        settings = with_plan(settings, plan, model)
+    facts = read_facts(settings.device)
+    wishes = _wishes(settings, _maps_packed_file(settings, model))
+    if plan is None:
+        placement = place(model, facts, wishes)
+        goal = Goal("throughput", _context(settings, model), settings.max_running)
+        plan = make_plan(
+            model, facts, rates.profile, goal, wishes, uniform(model), True, hardware=hardware, name=settings.name
+        )
+    else:
+        placement = _still_fits(plan, model, facts, wishes, settings.plan)
+    notice(placement.table())
+    predict, words = _predictor(model, rates, plan)
+    notice(_predictions(plan, words) if predict else f"no predictions: {words}")
+    engine = Engine(_engine_config(settings, plan), progress=progress, notice=notice)
+    chosen = plan.settings
+    sizes = SchedulerConfig(
+        n_pages=chosen.pages_on_device,
+        page_size=chosen.page_size,
+        max_batch_tokens=chosen.max_batch_tokens,
+        max_running=chosen.max_running,
+    )
+    return Built(
+        step=engine.step,
+        close=engine.close,
+        scheduler=sizes,
+        max_model_len=min(chosen.max_model_len, sizes.capacity),
+        device=facts.device_name,
+        plan=plan,
+        profile=words,
+        predict=predict,
+        record=_recorder(settings, engine),
+    )
+
+
+def _engine_config(settings: ServerSettings, plan: Plan) -> EngineConfig:
+    chosen = plan.settings
+    return EngineConfig(
+        model=settings.model,
+        device=chosen.device,
+        dtype="float32" if chosen.weights == "float32" else "bfloat16",
+        expert_format=settings.expert_format,
+        pool=PoolConfig(chosen.threads, settings.expert_precision, chosen.isa),
+        n_pages=chosen.pages_on_device,
+        page_size=chosen.page_size,
+        experts=settings.experts,
+    )
+
+
+def _still_fits(plan: Plan, model: ModelConfig, facts: Facts, wishes: Wishes, path: Path | None) -> Placement:
+    """The ledger of a plan that was made before, with what is free now. Raises PlacementError."""
+    if plan.settings.experts_mapped and not wishes.packed:
+        raise PlacementError(f"{path}: the plan maps the experts from a packed file: run `hybrid pack MODEL` first")
+    try:
+        placement = fit(model, facts, layout_of(model, facts, wishes))
+    except PlacementError as error:
+        again = "free memory, or make a new plan with `hybrid plan`"
+        raise PlacementError(f"{path}: the plan does not fit now: {error}; {again}") from None
+    assert placement.n_pages == plan.settings.pages_on_device, "the pages are the plan's"
+    return placement
+
+
+def _context(settings: ServerSettings, model: ModelConfig) -> int:
+    """Tokens of a request that a server's own plan is made for."""
+    return min(Goal().context, settings.max_model_len or model.max_position_embeddings)
+
+
+def _predictor(model: ModelConfig, rates: Rates, plan: Plan) -> tuple[Predict | None, str]:
+    """The predictor of steps with its profile's name, or None and why."""
+    if rates.profile is None:
+        return None, rates.words
+    try:
+        return predictor(model, rates.profile, plan), rates.words
+    except CostError as error:
+        return None, str(error)
+
+
+def _predictions(plan: Plan, profile: str) -> str:
+    """A few lines for the log."""
+    if plan.prediction is None:
+        return f"steps are predicted with the profile {profile}; the plan was made without one"
+    decode = ", ".join(f"{point.size}: {point.tokens_per_second:.3g}" for point in plan.prediction.decode)
+    prefill = ", ".join(f"{point.size}: {point.seconds:.3g} s" for point in plan.prediction.prefill)
+    return (
+        f"predicted with the profile {profile}\n"
+        f"  tokens per second by requests at once, {plan.goal.context} tokens each: {decode}\n"
+        f"  first token by tokens of the prompt: {prefill}"
+    )
+
+
+def _default_profile() -> Path | None:
+    """Where `hybrid measure` writes; None for a user without a home, who can still name a profile."""
+    try:
+        return cache_directory(os.environ) / "profile.yaml"
+    except SettingsError:
+        return None
+
+
+def _recorder(settings: ServerSettings, engine: "Engine") -> Callable[[], None]:
+    """Writes the routing record, if one was asked for. An empty one is not written: an older one may lie there."""
+    path = settings.record_routing
+    if path is None:
+        return nothing
+
+    def write() -> None:
+        choices = engine.choices()
+        if not choices.tokens:
+            return
+        try:
+            write_routing(path, *choices)
+        except OSError as error:  # the disk is full, the directory is gone: no reason to stop serving
+            logger.warning("--record-routing %s: cannot be written: %s", path, error.strerror)
+
+    return write
+
+
+def _maps_packed_file(settings: ServerSettings, model: ModelConfig) -> bool:
+    """Whether the experts will come from the file of `hybrid pack`."""
+    from offload.store import packed_is_used
+
+    fmt = model.expert_format if settings.expert_format == "native" else settings.expert_format
+    if settings.experts == "kt" or not packed_path(settings.model, fmt).exists():
+        return False
+    checkpoint = Checkpoint(settings.model)
+    try:
+        return packed_is_used(
+            checkpoint, model.expert_name, model.expert_geometry, model.moe_layers, settings.expert_format
+        )
+    finally:
+        checkpoint.close()
+
+
+def _wishes(settings: ServerSettings, packed: bool) -> Wishes:
+    return Wishes(
+        dtype=None if settings.dtype == "auto" else settings.dtype,
+        expert_target=settings.expert_format,
+        max_model_len=settings.max_model_len,
+        max_running=settings.max_running,
+        max_batch_tokens=settings.max_batch_tokens,
+        kv_bytes=settings.kv_memory,
+        page_size=settings.page_size,
+        packed=packed,
+        precision=settings.expert_precision,
+        experts="kt" if settings.experts == "kt" else "numba",
+        isa=None if settings.isa == "auto" else settings.isa,
+        threads=settings.threads or len(find_topology().places),  # as --threads says, whatever a profile finds best
+    )

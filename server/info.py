@@ -1,0 +1,53 @@
+"""`GET /v1/server/info`: what runs here, the plan in force, and what it predicted beside what was achieved.
+
+For operators, behind the same guards as the model itself. Says nothing about keys, paths or requests.
+"""
+
+from importlib import metadata
+
+from aiohttp import web
+
+from placement.document import to_plain
+from server.chat import Json
+from server.keys import SERVING
+from server.request import Tally
+
+
+async def server_info(request: web.Request) -> web.Response:
+    """What is not known before the model is loaded is null."""
+    serving = request.app[SERVING]
+    bridge = serving.service.bridge
+    ready = bridge.ready
+    body: Json = {
+        "version": _version(),
+        "model": serving.name,
+        "status": bridge.phase,
+        "device": ready and ready.device,
+        "max_model_len": ready and ready.max_model_len,
+        "plan": to_plain(ready.plan) if ready and ready.plan else None,
+        "profile": ready and ready.profile,
+        "predicted_against_achieved": [_line(tally) for tally in bridge.tallies],
+    }
+    return web.json_response(body)
+
+
+def _line(tally: Tally) -> Json:
+    """Times in seconds, those of one step; `error` is the prediction's, as a share of what was achieved."""
+    achieved, predicted = tally.recent_seconds, tally.recent_predicted_seconds
+    return {
+        "step": tally.kind,
+        "sequences" if tally.kind == "decode" else "new_tokens": [tally.least, tally.most],
+        "steps": tally.steps,
+        "achieved_median": achieved,
+        "predicted_median": predicted,
+        "error": round(predicted / achieved - 1, 3) if predicted is not None and achieved else None,
+        "achieved_mean": tally.seconds / tally.steps,
+        "predicted_mean": None if tally.predicted_seconds is None else tally.predicted_seconds / tally.steps,
+    }
+
+
+def _version() -> str:
+    try:
+        return metadata.version("hybrid")
+    except metadata.PackageNotFoundError:  # run from a tree that was not installed
+        return "unknown"

@@ -1,0 +1,134 @@
+"""The plan and the rates that a server runs under: found, checked against this model and this machine, put to use.
+
+Whatever does not belong here (another model, other hardware, something that this engine does not do) is one line and
+ends the start. Decides no placement and knows no requests. `app.py` checks before the port is taken, and the engine
+process reads both files again whenever it loads.
+"""
+
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from hybrid.config import ModelConfig
+from offload.config import ExpertFormat
+from placement.document import DocumentError
+from placement.hardware import Hardware, fingerprint
+from placement.ledger import ITEM_BYTES
+from placement.plan import ENGINE_ABILITIES, Ability, Plan, Settings, check_fresh, read_plan
+from placement.probe import find_hardware
+from placement.profile import Profile, read_profile
+from server.options import SettingsError
+from server.settings import ExpertTarget, ServerSettings
+
+logger = logging.getLogger(__name__)
+
+COUNTS = ("threads", "page_size", "pages_on_device", "max_batch_tokens", "max_running", "max_model_len")
+QUANTISED: dict[ExpertFormat, ExpertTarget] = {"int8": "int8", "int4": "int4"}
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """This machine's rates, and in words which they are, or why there are none."""
+
+    profile: Profile | None
+    words: str
+
+
+def check_files(settings: ServerSettings, model: ModelConfig) -> None:
+    """Refuse at once what the engine process would refuse later. Raises DocumentError, or SettingsError for a record
+    that could not be written."""
+    record = settings.record_routing
+    if record is not None and (record.is_dir() or not os.access(record.parent, os.W_OK)):
+        raise SettingsError(f"--record-routing {record}: name a file in a directory that can be written to")
+    if settings.plan is None and settings.profile is None:
+        return
+    hardware = find_hardware(settings.model)
+    if settings.plan is not None:
+        load_plan(settings.plan, model, hardware)
+    if settings.profile is not None:
+        load_rates(settings, settings.profile, hardware)
+
+
+def load_plan(path: Path, model: ModelConfig, hardware: Hardware) -> Plan:
+    """The plan in a file. Raises DocumentError where it is bad, stale, or more than this engine does."""
+    plan = read_plan(path)
+    check_fresh(path, plan, model, fingerprint(hardware))
+    lacking = sorted({*plan.lacking, *_wants(plan.settings)} - ENGINE_ABILITIES)
+    if lacking:
+        raise DocumentError(
+            f"{path}: the plan needs {', '.join(lacking)}, which this version does not run; make one with "
+            "`hybrid plan --servable`"
+        )
+    for name in COUNTS:
+        if getattr(plan.settings, name) < 1:
+            raise DocumentError(f"{path}: settings.{name}: expected a whole number above 0; make a new plan")
+    if plan.settings.max_model_len > model.max_position_embeddings:
+        raise DocumentError(
+            f"{path}: settings.max_model_len: the model allows at most {model.max_position_embeddings} tokens"
+        )
+    if plan.settings.expert_format not in (model.expert_format, *QUANTISED):
+        raise DocumentError(
+            f"{path}: settings.expert_format: {plan.settings.expert_format} experts cannot be made of this model's "
+            f"{model.expert_format}; make a new plan with `hybrid plan`"
+        )
+    return plan
+
+
+def load_rates(settings: ServerSettings, default: Path | None, hardware: Hardware) -> Rates:
+    """The named profile, or the one in `default`, which is left out where it does not fit.
+
+    Raises DocumentError for a named one that is bad or of other hardware.
+    """
+    path = settings.profile or default
+    if path is None or (settings.profile is None and not path.exists()):
+        return Rates(None, "there is no profile of this machine: run `hybrid measure`")
+    try:
+        profile = read_profile(path)
+    except DocumentError as error:
+        if settings.profile is not None:
+            raise
+        logger.warning("%s", error)
+        return Rates(None, "the profile of this machine cannot be used: run `hybrid measure --again`")
+    if fingerprint(profile.hardware) == fingerprint(hardware):
+        return Rates(profile, profile.name)
+    if settings.profile is not None:
+        raise DocumentError(f"--profile {path}: made on other hardware than this machine's; run `hybrid measure` here")
+    return Rates(None, f"the profile {profile.name} is of other hardware than this machine's: run `hybrid measure`")
+
+
+def with_plan(settings: ServerSettings, plan: Plan, model: ModelConfig) -> ServerSettings:
+    """The settings with what the plan settles; `plan` has passed `load_plan`."""
+    chosen = plan.settings
+    native = chosen.expert_format == model.expert_format
+    page_bytes = chosen.page_size * model.kv_bytes_per_token(ITEM_BYTES[chosen.weights])
+    return replace(
+        settings,
+        device=chosen.device,
+        dtype="float32" if chosen.weights == "float32" else "bfloat16",
+        expert_format="native" if native else QUANTISED[chosen.expert_format],
+        expert_precision=chosen.expert_precision,
+        experts=chosen.experts,
+        isa=chosen.isa or "auto",
+        threads=chosen.threads,
+        max_model_len=chosen.max_model_len,
+        kv_memory=chosen.pages_on_device * page_bytes,
+        page_size=chosen.page_size,
+        max_batch_tokens=chosen.max_batch_tokens,
+        max_running=chosen.max_running,
+    )
+
+
+def _wants(settings: Settings) -> list[Ability]:
+    """What the settings ask of an engine, whatever the file's `needs` say: people edit plans."""
+    wants: Mapping[Ability, bool] = {
+        "fp8 weights": settings.weights == "fp8",
+        "int8 weights": settings.weights == "int8",
+        "experts in VRAM": any(settings.slots),
+        "experts leaving RAM": settings.experts_leave_ram,
+        "streaming prefill": settings.ring > 0 or settings.stream_from_rows is not None,
+        "KV in RAM": settings.pages_in_ram > 0,
+        "embedding in RAM": settings.embedding_in_ram,
+    }
+    return [ability for ability, wanted in wants.items() if wanted]

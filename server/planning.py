@@ -1,0 +1,238 @@
+"""The commands that decide before serving: measure, plan, tune, doctor, simulate.
+
+Joins placement's parts, prints what they say and turns their complaints into exit statuses. What needs torch or numba
+is imported inside the command that needs it, so that `hybrid plan` answers in a second. Called by `__main__.py`.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from hybrid.config import ModelConfig
+from hybrid.config_json import read_object
+from offload.config import PoolConfig
+from placement import planner, report
+from placement.cost import resolve
+from placement.document import DocumentError, to_plain
+from placement.hardware import fingerprint
+from placement.ledger import Wishes
+from placement.plan import Goal, GoalKind, Plan, check_fresh, read_plan, write_plan
+from placement.probe import find_hardware, machine_name
+from placement.profile import Profile, read_profile, write_profile
+from placement.routing import Routing, read_routing, uniform
+from server import simulate, timeline, workload
+from server.default_model import cache_directory
+from server.planning_args import LENGTHS
+from server.scheduler import SchedulerConfig
+
+CONFIGURATION, FAILURE = 78, 1
+CONCURRENCY: dict[GoalKind, int] = {"latency": 1, "throughput": 16, "swarm": 100}
+CONTEXT = 8192  # tokens of a request, where nobody says and the model allows it
+
+Environ = Mapping[str, str]
+Show = Callable[[str, int, int], None]  # stage, done, of so many
+
+
+def run(given: argparse.Namespace, environ: Environ) -> int:
+    """Carry out one of the commands; returns its exit status."""
+    commands: dict[str, Callable[[argparse.Namespace, Environ], int]] = {
+        "measure": _measure, "plan": _plan, "tune": _tune, "doctor": _doctor, "simulate": _simulate,
+    }  # fmt: skip
+    # As in the engine's process, whose steps these commands time: torch's waiting threads must not spin on the cores
+    # of the expert workers.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    try:
+        return commands[given.command](given, environ)
+    except ValueError as error:  # of a document, the model, the placement, a rate, a record, a workload
+        _tell(f"hybrid: {error}")
+        return CONFIGURATION
+    except OSError as error:
+        _tell(f"hybrid: {error.filename}: {error.strerror}")
+        return FAILURE
+
+
+def default_profile(environ: Environ) -> Path:
+    """Where `hybrid measure` writes this machine's profile unless told otherwise."""
+    return cache_directory(environ) / "profile.yaml"
+
+
+def _measure(given: argparse.Namespace, environ: Environ) -> int:
+    from placement.measure import measure, show_profile
+
+    out: Path = given.out or default_profile(environ)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    hardware = find_hardware(out.parent, tell=_tell)
+    previous = None
+    if out.exists() and not given.again:
+        previous = read_profile(out)
+        if fingerprint(previous.hardware) != fingerprint(hardware):
+            raise DocumentError(f"{out}: of other hardware than this machine; give --again to replace it, or --out")
+    with _bar() as show:
+        profile = measure(
+            hardware,
+            previous,
+            given.seconds,
+            lambda profile: write_profile(out, profile),
+            show,
+            _tell,
+            given.device,
+            out.parent,
+        )
+    _print(to_plain(profile) if given.json else show_profile(profile))
+    _tell(f"written: {out}")
+    return 0
+
+
+def _plan(given: argparse.Namespace, environ: Environ) -> int:
+    model = _model(given.model)
+    try:
+        plan, status = _make_plan(given, environ, model), 0
+    except planner.DoesNotFit as error:
+        _tell(f"hybrid: {error}")
+        if error.nearest is None:
+            return CONFIGURATION
+        plan, status = error.nearest, CONFIGURATION
+    if given.out and status == 0:
+        write_plan(given.out, plan)
+    _print(to_plain(plan) if given.json else report.table(plan))
+    if given.explain:
+        _print(report.explain(plan))
+    if given.compare:
+        _print(report.compare(plan, read_plan(given.compare)))
+    return status
+
+
+def _make_plan(given: argparse.Namespace, environ: Environ, model: ModelConfig) -> Plan:
+    """The plan that the flags ask for. Raises PlacementError, DocumentError, CostError, RoutingError."""
+    profile = _profile(given.profile, environ)
+    kind, agents = given.goal
+    goal = Goal(
+        kind,
+        given.context or min(CONTEXT, model.max_position_embeddings),
+        given.concurrency or agents or CONCURRENCY[kind],
+    )
+    wishes = Wishes(dtype=given.dtype, expert_target=given.expert_format)
+    name = (given.model if given.model.is_dir() else given.model.parent).resolve().name
+    return planner.make_plan(
+        model,
+        planner.facts_from(profile),
+        profile if profile.device is not None else None,
+        goal,
+        wishes,
+        _routing(given, model),
+        given.servable,
+        hardware=profile.hardware,
+        name=name,
+    )
+
+
+def _tune(given: argparse.Namespace, environ: Environ) -> int:
+    from placement.tune import text, tune
+
+    model = _model(given.model)
+    plan, profile = read_plan(given.plan), _profile(given.profile, environ)
+    check_fresh(given.plan, plan, model, fingerprint(find_hardware()))
+    with _bar() as show:
+        tuned = tune(given.model, plan, profile, given.seconds, lambda plan: write_plan(given.plan, plan), show, _tell)
+    write_plan(given.plan, tuned)
+    _print(text(tuned))
+    return 0
+
+
+def _doctor(given: argparse.Namespace, environ: Environ) -> int:
+    from placement import diagnosis, doctor
+
+    with _bar() as show:
+        found = doctor.examine(given.model, PoolConfig(given.threads, "a8", given.isa), progress=show, tell=_tell)
+    _print(diagnosis.to_json(found) if given.json else diagnosis.text(found))
+    return found.status
+
+
+def _simulate(given: argparse.Namespace, environ: Environ) -> int:
+    model = _model(given.model)
+    routing, profile = _routing(given, model), _profile(given.profile, environ)
+    plan = read_plan(given.plan) if given.plan else _make_plan(given, environ, model)
+    work = workload.read_trace(given.trace) if given.trace else _swarm(given)
+    rates = resolve(model, profile, planner.setup_of(plan, profile), routing)
+    settings = plan.settings
+    config = SchedulerConfig(
+        n_pages=settings.pages_on_device + settings.pages_in_ram,
+        page_size=settings.page_size,
+        max_batch_tokens=settings.max_batch_tokens,
+        max_running=settings.max_running,
+    )
+    with _bar() as show:
+        done = simulate.simulate(work, config, simulate.clock(rates), settings.max_model_len, show)
+    if given.plot:
+        timeline.plot(done, given.plot)
+    _print(simulate.to_json(done) if given.json else simulate.text(done))
+    return 0
+
+
+def _swarm(given: argparse.Namespace) -> workload.Workload:
+    drawn = {
+        flag: workload.Distribution.parse(getattr(given, flag.strip("-").replace("-", "_")), flag)
+        for flag, _, _ in LENGTHS
+    }
+    _, agents = given.goal
+    return workload.swarm(
+        agents or CONCURRENCY["swarm"],
+        given.shared,
+        drawn["--private"],
+        drawn["--output"],
+        drawn["--turns"],
+        drawn["--tool-tokens"],
+        drawn["--tool-wait"],
+        given.seed,
+    )
+
+
+def _model(path: Path) -> ModelConfig:
+    """A checkpoint directory, or a config.json alone. Raises ConfigError."""
+    return ModelConfig.from_directory(path) if path.is_dir() else ModelConfig.from_json(read_object(path), str(path))
+
+
+def _profile(named: str | None, environ: Environ) -> Profile:
+    """A file, a shipped profile, or this machine's own; without one its facts alone, with no rates."""
+    if named is not None:
+        shipped = planner.shipped_profiles()
+        if named not in shipped and not Path(named).is_file():
+            raise DocumentError(f"--profile {named}: no such file; shipped profiles are {', '.join(shipped)}")
+        return read_profile(shipped.get(named, Path(named)))
+    path, hardware = default_profile(environ), find_hardware(tell=_tell)
+    if path.exists():
+        profile = read_profile(path)
+        if fingerprint(profile.hardware) == fingerprint(hardware):
+            return profile
+        _tell(f"{path}: of other hardware than this machine; run `hybrid measure --again`")
+    return Profile(machine_name(hardware), "measured", date.today().isoformat(), hardware)
+
+
+def _routing(given: argparse.Namespace, model: ModelConfig) -> Routing:
+    return read_routing(given.routing, model) if given.routing else uniform(model)
+
+
+@contextlib.contextmanager
+def _bar() -> Iterator[Show]:
+    """Shows (stage, done, in all) on a terminal."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as bars:
+        bar = bars.add_task("", total=None)
+        yield lambda stage, done, total: bars.update(bar, description=stage, completed=done, total=total or None)
+
+
+def _print(value: str | dict[str, Any]) -> None:
+    print(value if isinstance(value, str) else json.dumps(value))
+
+
+def _tell(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,211 @@
+"""The commands measure, plan, tune, doctor and simulate as typed: what they print, write and refuse."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from placement.planner import shipped_profiles
+from server.__main__ import main
+from tests.placement.test_ledger import K25_TEXT
+
+A = "ddr5-4800-8ch_rtx4090"
+C = "2x-ddr5-5600-8ch_rtx6000pro"
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No profile of this machine unless a test makes one."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def k25(tmp_path: Path) -> str:
+    """A config.json alone, with the published sizes."""
+    path = tmp_path / "k25" / "config.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps({"model_type": "kimi_k25", "eos_token_id": 163586, "text_config": K25_TEXT}))
+    return str(path)
+
+
+def said(capsys: pytest.CaptureFixture[str]) -> tuple[str, str]:
+    captured = capsys.readouterr()
+    return captured.out, captured.err
+
+
+def test_a_plan_for_a_machine_and_a_model_that_are_not_here(k25: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", k25, "--profile", A]) == 0
+    out, _ = said(capsys)
+    assert "routed experts, int4" in out
+    assert "570.76 GB" in out
+    assert "tok/s" in out
+
+
+def test_a_plan_is_written_read_and_compared(k25: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first, second = tmp_path / "a.yaml", tmp_path / "c.yaml"
+    assert main(["plan", k25, "--profile", A, "--out", str(first), "--json"]) == 0
+    shown = json.loads(said(capsys)[0])
+    written = yaml.safe_load(first.read_text())
+    assert {key: value for key, value in written.items() if key not in ("document", "version")} == shown
+    assert main(["plan", k25, "--profile", C, "--goal", "swarm:50", "--explain", "--compare", str(first)]) == 0
+    out, _ = said(capsys)
+    assert "swarm" in out
+    assert second.exists() is False
+
+
+def test_the_same_plan_twice_is_the_same_file(k25: str, tmp_path: Path) -> None:
+    paths = [tmp_path / f"{i}.yaml" for i in range(2)]
+    for path in paths:
+        assert main(["plan", k25, "--profile", C, "--goal", "throughput", "--out", str(path)]) == 0
+    assert paths[0].read_bytes() == paths[1].read_bytes()
+
+
+def test_a_plan_loads_neither_torch_nor_numba_and_answers_soon(k25: str) -> None:
+    code = (
+        "import sys; from server.__main__ import main; status = main(sys.argv[1:]);"
+        "print(*sorted({'torch', 'numba', 'matplotlib'} & set(sys.modules)), file=sys.stderr); sys.exit(status)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "plan", k25, "--profile", C], capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stderr.strip()) == (0, "")
+
+
+def test_what_does_not_fit_says_so_and_what_does(k25: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    small = smaller_ram(tmp_path, "16 GiB")
+    assert main(["plan", k25, "--profile", small, "--servable"]) == 78
+    _, err = said(capsys)
+    assert len(err.strip().splitlines()) == 1
+    assert "GB" in err
+
+
+def smaller_ram(tmp_path: Path, size: str) -> str:
+    values = yaml.safe_load(shipped_profiles()[A].read_text())
+    values["hardware"]["ram"] = values["hardware"]["ram_installed"] = size
+    path = tmp_path / "small.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return str(path)
+
+
+def broken(values: dict[str, Any], what: str) -> None:
+    match what:
+        case "wrong unit":
+            values["memory"]["read"] = {1: "245 ms"}
+        case "missing key":
+            del values["hardware"]["cores"]
+        case "unknown key":
+            values["hardware"]["sockets"] = 2
+        case "other version":
+            values["version"] = 99
+        case "other document":
+            values["document"] = "plan"
+
+
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [
+        ("wrong unit", "memory.read.1: expected a rate such as '34.5 GB/s', found '245 ms'"),
+        ("missing key", "key hardware.cores is missing"),
+        ("unknown key", "unknown key hardware.sockets"),
+        ("other version", "version 99"),
+        ("other document", "expected `document: profile`"),
+    ],
+)
+def test_a_bad_profile_is_one_line(
+    k25: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], what: str, words: str
+) -> None:
+    values = yaml.safe_load(shipped_profiles()[A].read_text())
+    broken(values, what)
+    path = tmp_path / "bad.yaml"
+    path.write_text(yaml.safe_dump(values))
+    assert main(["plan", k25, "--profile", str(path)]) == 78
+    out, err = said(capsys)
+    assert out == ""
+    (line,) = err.strip().splitlines()
+    assert str(path) in line
+    assert words in line
+
+
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [
+        ("wrong unit", "settings.ring: expected a size"),
+        ("missing key", "key settings.threads is missing"),
+        ("unknown key", "unknown key settings.thread; did you mean threads?"),
+        ("other version", "version 0"),
+    ],
+)
+@pytest.mark.parametrize("command", ["simulate", "compare", "serve"])
+def test_a_bad_plan_is_one_line(
+    k25: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], what: str, words: str, command: str
+) -> None:
+    path = tmp_path / "plan.yaml"
+    assert main(["plan", k25, "--profile", A, "--out", str(path)]) == 0
+    values = yaml.safe_load(path.read_text())
+    if what == "wrong unit":
+        values["settings"]["ring"] = "3 GB/s"
+    elif what == "other version":
+        values["version"] = 0
+    else:
+        threads = values["settings"].pop("threads")
+        values["settings"] |= {"thread": threads, "threads": threads} if what == "unknown key" else {}
+    path.write_text(yaml.safe_dump(values))
+    said(capsys)
+    calls = {
+        "simulate": ["simulate", k25, "--profile", A, "--plan", str(path)],
+        "compare": ["plan", k25, "--profile", A, "--compare", str(path)],
+    }
+    if command == "serve":
+        environ = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+        started = [sys.executable, "-m", "server", "serve", "--port", "0", "--plan", str(path)]
+        done = subprocess.run(started, capture_output=True, text=True, timeout=120, env=environ)
+        status, err = done.returncode, done.stderr
+    else:
+        status, err = main(calls[command]), said(capsys)[1]
+    assert status == 78
+    line = err.strip().splitlines()[-1]
+    assert str(path) in line
+    assert words in line
+
+
+def test_a_simulated_swarm(k25: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    workload = ["--goal", "swarm:4", "--shared", "256", "--private", "10..20", "--output", "12", "--turns", "2"]
+    assert main(["simulate", k25, "--profile", C, *workload, "--tool-wait", "2", "--json"]) == 0
+    report = json.loads(said(capsys)[0])
+    assert report["requests_served"] == 8
+    assert report["generated_tokens"] == 8 * 12
+    assert report["makespan_seconds"] > 2
+
+
+def test_a_simulated_trace_and_its_picture(k25: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    trace, picture = tmp_path / "trace.jsonl", tmp_path / "out.svg"
+    lines = [{"timestamp": 1000 * i, "input_length": 100 + i, "output_length": 5} for i in range(3)]
+    trace.write_text("\n".join(map(json.dumps, lines)))
+    assert main(["simulate", k25, "--profile", C, "--trace", str(trace), "--plot", str(picture)]) == 0
+    assert "3 requests answered" in said(capsys)[0]
+    assert "<svg" in picture.read_text()
+
+
+def test_simulating_needs_rates(capsys: pytest.CaptureFixture[str]) -> None:
+    small = Path(__file__).parents[2] / "server" / "default_model.json"
+    assert main(["simulate", str(small), "--goal", "swarm:2"]) == 78
+    assert "hybrid measure" in said(capsys)[1]
+
+
+@pytest.mark.parametrize("text", ["swarm", "swarm:0", "swarm:-1", "fast", "swarm:1.5"])
+def test_a_goal_that_is_none(k25: str, text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["plan", k25, "--goal", text])
+    assert caught.value.code == 2
+    assert "swarm:N" in said(capsys)[1]
+
+
+def test_a_profile_that_is_nowhere(k25: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", k25, "--profile", "rtx5090"]) == 78
+    assert A in said(capsys)[1]

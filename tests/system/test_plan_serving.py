@@ -1,0 +1,196 @@
+"""A real server under a plan: the plan's sizes, predicted against achieved, the routing record, and refusals."""
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hybrid.config import ModelConfig
+from offload.topology import find_topology
+from placement.hardware import Hardware
+from placement.plan import Plan, write_plan
+from placement.probe import find_hardware
+from placement.profile import write_profile
+from placement.routing import read_routing
+from tests.reference import plans
+from tests.system.serving import NO_STOP, ROOT, Server, environment, free_port, stop, wait_ready
+
+
+@pytest.fixture(scope="module")
+def hardware() -> Hardware:
+    return find_hardware()
+
+
+@pytest.fixture(scope="module")
+def model(model_dir: Path) -> ModelConfig:
+    return ModelConfig.from_directory(model_dir)
+
+
+def command(model: Path, port: int, *flags: str) -> list[str]:
+    """`hybrid serve` with nothing that a plan settles."""
+    return [sys.executable, "-m", "server", "serve", "--model", str(model), "--port", str(port), *flags]
+
+
+@contextmanager
+def serving(model: Path, home: Path, *flags: str) -> Iterator[Server]:
+    """A server whose user has measured nothing but what lies in `home`."""
+    port, log = free_port(), home / "stderr.txt"
+    with log.open("wb") as stderr:
+        process = subprocess.Popen(command(model, port, *flags), cwd=ROOT, env=own(home), stderr=stderr)
+    server = Server(process, f"http://127.0.0.1:{port}", model.name, log)
+    try:
+        wait_ready(server)
+        yield server
+    finally:
+        stop(server)
+
+
+def own(home: Path) -> dict[str, str]:
+    return environment() | {"XDG_CACHE_HOME": str(home)}
+
+
+TABLE = "predicted_against_achieved"
+
+
+def info(server: Server, steps: int = 0) -> dict[str, Any]:
+    """The answer that knows of so many steps: an account comes a little later than the last token it counts."""
+    deadline = time.monotonic() + 10
+    while True:
+        status, body = server.get("/v1/server/info")
+        assert status == 200
+        found: dict[str, Any] = json.loads(body)
+        if sum(line["steps"] for line in found[TABLE]) >= steps or time.monotonic() > deadline:
+            return found
+        time.sleep(0.05)
+
+
+def test_a_plan_and_a_profile_in_force(tmp_path: Path, model_dir: Path, model: ModelConfig, hardware: Hardware) -> None:
+    plan, profile, record = tmp_path / "plan.yaml", tmp_path / "profile.yaml", tmp_path / "routing.json"
+    write_plan(plan, plans.plan(model, hardware))
+    write_profile(profile, plans.profile(hardware))
+    flags = ("--plan", str(plan), "--profile", str(profile), "--record-routing", str(record))
+    with serving(model_dir, tmp_path, *flags) as server:
+        log = server.log.read_text()
+        assert "200 tokens of context, 77 pages of 8" in log
+        assert "device KV: 77 pages of 8 tokens" in log
+        with server.client() as client:
+            client.completions.create(model=server.name, prompt=[65] * 100, max_tokens=20, logit_bias=NO_STOP)
+        found = info(server, 22)
+    assert (found["plan"]["settings"]["pages_on_device"], found["max_model_len"]) == (77, 200)
+    assert found["profile"] == "made-up"
+    steps = {(line["step"], tuple(line.get("sequences", line.get("new_tokens")))): line for line in found[TABLE]}
+    # A prompt of 100 tokens in steps of 48, 48 and 4; the last one draws the first of 20 tokens.
+    assert {key: line["steps"] for key, line in steps.items()} == {
+        ("decode", (1, 1)): 19,
+        ("prompt", (33, 64)): 2,
+        ("prompt", (3, 4)): 1,
+    }
+    assert all(line["achieved_median"] > 0 and line["predicted_median"] > 2e-3 for line in steps.values())
+    routing = read_routing(record, model)
+    assert routing.tokens == 100 + 19
+    assert routing.shares.sum(axis=1) == pytest.approx([model.num_experts_per_tok] * len(model.moe_layers))
+
+
+def test_a_server_plans_for_itself(tmp_path: Path, model_dir: Path, model: ModelConfig, hardware: Hardware) -> None:
+    (tmp_path / "hybrid").mkdir()
+    write_profile(tmp_path / "hybrid" / "profile.yaml", plans.profile(hardware, "its-own"))
+    sizes = ("--max-running", "4", "--max-model-len", "512", "--kv-memory", "8MB", "--device", "cpu")
+    with serving(model_dir, tmp_path, "--expert-precision", "a16", *sizes) as server:
+        log = server.log.read_text()
+        assert "where the bytes go" in log
+        assert "predicted with the profile its-own" in log
+        with server.client() as client:
+            client.completions.create(model=server.name, prompt="abc", max_tokens=5, logit_bias=NO_STOP)
+        found = info(server, 5)
+    settings = found["plan"]["settings"]
+    assert (settings["max_running"], settings["max_model_len"], settings["expert_precision"]) == (4, 512, "a16")
+    assert settings["threads"] == len(find_topology().places)  # though the profile read as fast with one
+    latent = model.kv_lora_rank + model.qk_rope_head_dim
+    assert settings["pages_on_device"] == 8_000_000 // (16 * latent * 4 * model.num_hidden_layers)
+    assert found["profile"] == "its-own"
+    assert [line["size"] for line in found["plan"]["prediction"]["decode"]] == [1, 2, 4]
+    assert all(line["predicted_median"] > 2e-3 for line in found[TABLE])
+    assert found["plan"]["machine_fingerprint"] == plans.plan(model, hardware).machine_fingerprint
+    assert str(model_dir.parent) not in json.dumps(found) and str(tmp_path) not in json.dumps(found)
+
+
+@pytest.mark.parametrize("made_for", ["nothing", "other hardware"])
+def test_without_rates_one_line_says_so(tmp_path: Path, model_dir: Path, hardware: Hardware, made_for: str) -> None:
+    words = "no predictions: there is no profile of this machine: run `hybrid measure`"
+    if made_for == "other hardware":
+        (tmp_path / "hybrid").mkdir()
+        write_profile(tmp_path / "hybrid" / "profile.yaml", plans.profile(replace(hardware, cpu="another"), "old"))
+        words = "no predictions: the profile old is of other hardware than this machine's: run `hybrid measure`"
+    with serving(model_dir, tmp_path, "--device", "cpu") as server:
+        assert server.log.read_text().count(words) == 1
+        found = info(server)
+    assert found["plan"]["prediction"] is None
+    assert f"no predictions: {found['profile']}" == words
+
+
+def refusal(model: Path, home: Path, *flags: str) -> str:
+    """The last line of a start that ends with 78."""
+    done = subprocess.run(
+        command(model, 0, *flags), cwd=ROOT, env=own(home), capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 78, done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stderr.splitlines()[-1]
+
+
+def other_model(plan: Plan) -> Plan:
+    return replace(plan, model_fingerprint="0" * 12)
+
+
+def other_machine(plan: Plan) -> Plan:
+    return replace(plan, machine_fingerprint="0" * 12)
+
+
+def beyond_the_engine(plan: Plan) -> Plan:
+    return replace(plan, settings=replace(plan.settings, slots=(2, 2), ring=1000))
+
+
+def not_packed(plan: Plan) -> Plan:
+    return replace(plan, settings=replace(plan.settings, experts_mapped=True))
+
+
+def too_large(plan: Plan) -> Plan:
+    return replace(plan, settings=replace(plan.settings, pages_on_device=2**40))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (other_model, "made for a test's model, whose config.json differs"),
+        (other_machine, "made for a test's machine, which is other hardware"),
+        (beyond_the_engine, "the plan needs experts in VRAM, streaming prefill, which this version does not run"),
+        (not_packed, "the plan maps the experts from a packed file: run `hybrid pack MODEL` first"),
+        (too_large, "the plan does not fit now: "),
+    ],
+)
+def test_plans_that_are_refused(
+    tmp_path: Path, model_dir: Path, model: ModelConfig, hardware: Hardware, change: Any, words: str
+) -> None:
+    path = tmp_path / "plan.yaml"
+    write_plan(path, change(plans.plan(model, hardware)))
+    assert f"{path}: {words}" in refusal(model_dir, tmp_path, "--plan", str(path))
+
+
+def test_what_a_plan_settles_is_not_given_twice(tmp_path: Path, model_dir: Path) -> None:
+    line = refusal(model_dir, tmp_path, "--plan", "p.yaml", "--threads", "2")
+    assert line == "hybrid: --threads is settled by --plan p.yaml; leave one out"
+
+
+def test_a_profile_of_other_hardware_is_refused_where_it_was_named(
+    tmp_path: Path, model_dir: Path, hardware: Hardware
+) -> None:
+    path = tmp_path / "profile.yaml"
+    write_profile(path, plans.profile(replace(hardware, cpu="another")))
+    assert f"--profile {path}: made on other hardware" in refusal(model_dir, tmp_path, "--profile", str(path))
