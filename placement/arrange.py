@@ -34,7 +34,7 @@ from placement.profile import Profile
 from placement.routing import Routing
 from placement.slots import SlotMarket
 
-SPLITS = 24  # steps in which VRAM moves from KV to experts
+SPLITS = 16  # steps in which VRAM moves from KV to experts
 CHUNKS = (256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
 CHUNK_WITHIN = 1.05  # of the best prefill: smaller steps hold up those that decode for less long
 WORKSPACE_SHARE = 0.25  # of what is left on the device, that a larger chunk may take

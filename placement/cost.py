@@ -38,6 +38,7 @@ __all__ = [
 ITEM_BYTES: dict[WeightDtype, int] = {"float32": 4, "bfloat16": 2, "fp8": 1, "int8": 1}
 # fp8 and int8 are for attention, shared experts and dense MLPs: the head decides tokens and the router experts.
 WIDE_DTYPE: dict[WeightDtype, WeightDtype] = {"fp8": "bfloat16", "int8": "bfloat16"}
+MEMO = 4096  # steps that are remembered
 MEASURE = "run `hybrid measure` on that machine"
 
 
@@ -201,7 +202,8 @@ def step_cost(rates: Rates, load: Load) -> StepCost:
         "attention": decode + prefill,
         "launches": fixed + each * (load.decode_rows + len(load.chunks)),
         "logits": head,
-        "CPU experts": experts.cpu,
+        # What is copied out of RAM is read there too: kernels wait for it.
+        "CPU experts": experts.cpu + kv_link / rates.experts.ram_read,
         "VRAM experts": experts.vram,
         "link": experts.link + (kv_link / rates.experts.link if kv_link else 0.0),
         "disk": experts.disk,
@@ -236,6 +238,8 @@ def default_kernel(profile: Profile, expert_format: ExpertFormat, precision: Pre
     wanted = ("numba", isa, expert_format, precision)
     for kernel in profile.kernels:
         parts = kernel.name.split("/")
+        if isa is None and parts[1] == "amx":  # the engine takes it only where it is named
+            continue
         if all(want in (None, part) for want, part in zip(wanted, parts, strict=True)):
             return kernel.name
     what = f"{expert_format} experts with {precision} activations" + (f" on {isa}" if isa else "")
@@ -265,6 +269,8 @@ def _experts(rates: Rates, tokens: int, ahead: float, shared: float, has_prompt:
     key = (tokens, round(ahead, 6) if streams else 0.0, streams)
     known = rates.memo.get(key)
     if known is None:
+        if len(rates.memo) >= MEMO:  # with streaming the key has a time in it, so there is no end of keys
+            rates.memo.clear()
         budget = (ahead / rates.n_moe, shared / rates.n_moe) if streams else None
         known = rates.memo[key] = expert_cost(rates.experts, rates.layers, tokens, budget)
     return known

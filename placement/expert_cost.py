@@ -44,7 +44,12 @@ class RowTable:
 
     def seconds(self, rows: float) -> float:
         """Seconds of so many rows; 0 of none."""
-        return float(self.many(np.array([rows], np.float64))[0])
+        last = self.rows[-1]
+        if rows >= last:
+            return float(self.values[-1] + (rows - last) * self.slope)
+        i = int(self.rows.searchsorted(rows, "right"))
+        left, start = (self.rows[i - 1], self.values[i - 1]) if i else (0.0, 0.0)
+        return float(start + (self.values[i] - start) * (rows - left) / (self.rows[i] - left))
 
     def many(self, rows: Array) -> Array:
         """`seconds` of an array of rows. Less than one row counts as that share of one."""

@@ -65,13 +65,7 @@ def decode_step(rates: Rates, goal: Goal, cache: Cache, batch: int, context: int
     context = context or request_tokens(goal)
     beyond = max(0, min(cached_tokens(goal, batch), cache.tokens) - cache.on_device)
     share = min(1.0, beyond / (batch * context))
-    step = step_cost(replace(rates, setup=replace(rates.setup, kv_in_ram=share)), Load.decode(batch, context))
-    if step.binding != "CPU experts":
-        return step
-    # What is copied out of RAM is read there too, and kernels that are the bottleneck wait for it.
-    waits = share * batch * context * rates.model.kv_bytes_per_token(rates.kv_item) / rates.experts.ram_read
-    parts = dict(step.parts, **{"CPU experts": step.parts["CPU experts"] + waits})
-    return replace(step, seconds=step.seconds + waits, parts=parts)
+    return step_cost(replace(rates, setup=replace(rates.setup, kv_in_ram=share)), Load.decode(batch, context))
 
 
 def first_token(rates: Rates, tokens: int, chunk: int, before: int = 0) -> float:

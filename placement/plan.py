@@ -134,9 +134,23 @@ class Plan:
     ledger: tuple[Line, ...]
     choices: tuple[Choice, ...]
     prediction: Prediction | None
-    needs: tuple[Ability, ...]  # sorted; what the engine must be able to do
     notes: tuple[str, ...] = ()
     trials: tuple[Trial, ...] = ()
+
+    @property
+    def needs(self) -> tuple[Ability, ...]:
+        """What the engine must be able to do, sorted. From the settings: people edit plans."""
+        settings = self.settings
+        asked: dict[Ability, bool] = {
+            "fp8 weights": settings.weights == "fp8",
+            "int8 weights": settings.weights == "int8",
+            "experts in VRAM": any(settings.slots),
+            "experts leaving RAM": settings.experts_leave_ram,
+            "streaming prefill": settings.ring > 0 or settings.stream_from_rows is not None,
+            "KV in RAM": settings.pages_in_ram > 0,
+            "embedding in RAM": settings.embedding_in_ram,
+        }
+        return tuple(sorted(ability for ability, wanted in asked.items() if wanted))
 
     @property
     def lacking(self) -> tuple[Ability, ...]:

@@ -19,7 +19,7 @@ from placement.facts import Facts
 from placement.forecast import batch_held, predict, swarm_of
 from placement.hardware import Hardware, fingerprint
 from placement.ledger import HOST_RESERVE, PlacementError, Wishes
-from placement.plan import Ability, Goal, Line, Plan, Settings, model_fingerprint
+from placement.plan import Goal, Line, Plan, Settings, model_fingerprint
 from placement.profile import Profile
 from placement.reasons import Decision, choices, notes
 from placement.routing import Routing
@@ -128,7 +128,6 @@ def _plan(
         ledger=_lines(facts, found),
         choices=choices(decision, settings, prediction),
         prediction=prediction,
-        needs=_needs(settings),
         notes=(*told, *lacking, *result.notes, *notes(decision, prediction)),
     )
 
@@ -206,10 +205,10 @@ def _threads(task: Task, hardware: Hardware | None) -> tuple[int, str]:
         return task.wishes.threads, "as asked"
     memory = task.profile.memory if task.profile else None
     if memory is not None and len(memory.read) > 1:
-        rates = {threads: rate.value for threads, rate in memory.read.items()}
-        best = max(rates.values())
-        most = max(threads for threads, rate in rates.items() if rate >= SAME_BANDWIDTH * best)
-        return most, f"the most that read RAM within 2 % of the best, {rates[most] / 1e9:.1f} GB/s"
+        best = max(memory.read.values(), key=lambda rate: rate.value)
+        least = SAME_BANDWIDTH * (best.low or best.value)  # slower, but within the spread of both, says nothing
+        most = max(threads for threads, rate in memory.read.items() if (rate.high or rate.value) >= least)
+        return most, f"the most that read RAM as fast as any, {memory.read[most].value / 1e9:.1f} GB/s"
     if hardware is None:
         return len(find_topology().places), "one for each physical core of this machine"
     granted = hardware.cores if hardware.cpu_quota is None else min(hardware.cores, max(1, int(hardware.cpu_quota)))
@@ -260,17 +259,3 @@ def _lines(facts: Facts, found: Arrangement) -> tuple[Line, ...]:
         Line("device", UNUSED, facts.device_free - device),
         Line("RAM", UNUSED, facts.ram_free - ram - reserve),
     )
-
-
-def _needs(settings: Settings) -> tuple[Ability, ...]:
-    """What the engine must be able to do."""
-    asked: dict[Ability, bool] = {
-        "fp8 weights": settings.weights == "fp8",
-        "int8 weights": settings.weights == "int8",
-        "experts in VRAM": any(settings.slots),
-        "experts leaving RAM": settings.experts_leave_ram,
-        "streaming prefill": settings.ring > 0,
-        "KV in RAM": settings.pages_in_ram > 0,
-        "embedding in RAM": settings.embedding_in_ram,
-    }
-    return tuple(sorted(ability for ability, wanted in asked.items() if wanted))

@@ -7,7 +7,6 @@ process reads both files again whenever it loads.
 
 import logging
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from offload.config import ExpertFormat
 from placement.document import DocumentError
 from placement.hardware import Hardware, fingerprint
 from placement.ledger import ITEM_BYTES
-from placement.plan import ENGINE_ABILITIES, Ability, Plan, Settings, check_fresh, read_plan
+from placement.plan import Plan, check_fresh, read_plan
 from placement.probe import find_hardware
 from placement.profile import Profile, read_profile
 from server.options import SettingsError
@@ -55,10 +54,9 @@ def load_plan(path: Path, model: ModelConfig, hardware: Hardware) -> Plan:
     """The plan in a file. Raises DocumentError where it is bad, stale, or more than this engine does."""
     plan = read_plan(path)
     check_fresh(path, plan, model, fingerprint(hardware))
-    lacking = sorted({*plan.lacking, *_wants(plan.settings)} - ENGINE_ABILITIES)
-    if lacking:
+    if plan.lacking:
         raise DocumentError(
-            f"{path}: the plan needs {', '.join(lacking)}, which this version does not run; make one with "
+            f"{path}: the plan needs {', '.join(plan.lacking)}, which this version does not run; make one with "
             "`hybrid plan --servable`"
         )
     for name in COUNTS:
@@ -118,17 +116,3 @@ def with_plan(settings: ServerSettings, plan: Plan, model: ModelConfig) -> Serve
         max_batch_tokens=chosen.max_batch_tokens,
         max_running=chosen.max_running,
     )
-
-
-def _wants(settings: Settings) -> list[Ability]:
-    """What the settings ask of an engine, whatever the file's `needs` say: people edit plans."""
-    wants: Mapping[Ability, bool] = {
-        "fp8 weights": settings.weights == "fp8",
-        "int8 weights": settings.weights == "int8",
-        "experts in VRAM": any(settings.slots),
-        "experts leaving RAM": settings.experts_leave_ram,
-        "streaming prefill": settings.ring > 0 or settings.stream_from_rows is not None,
-        "KV in RAM": settings.pages_in_ram > 0,
-        "embedding in RAM": settings.embedding_in_ram,
-    }
-    return [ability for ability, wanted in wants.items() if wanted]

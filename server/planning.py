@@ -24,6 +24,7 @@ from placement import planner, report
 from placement.cost import resolve
 from placement.document import DocumentError, to_plain
 from placement.hardware import fingerprint
+from placement.inventory import Inventory, take_inventory
 from placement.ledger import Wishes
 from placement.plan import Goal, GoalKind, Plan, check_fresh, read_plan, write_plan
 from placement.probe import find_hardware, machine_name
@@ -103,7 +104,11 @@ def _plan(given: argparse.Namespace, environ: Environ) -> int:
         plan, status = error.nearest, CONFIGURATION
     if given.out and status == 0:
         write_plan(given.out, plan)
-    _print(to_plain(plan) if given.json else report.table(plan))
+    if given.json:
+        _print(to_plain(plan))
+    else:
+        _print(_published(given.model).table())
+        _print(report.table(plan))
     if given.explain:
         _print(report.explain(plan))
     if given.compare:
@@ -194,6 +199,11 @@ def _swarm(given: argparse.Namespace) -> workload.Workload:
         drawn["--tool-wait"],
         given.seed,
     )
+
+
+def _published(path: Path) -> Inventory:
+    file = path / "config.json" if path.is_dir() else path
+    return take_inventory(read_object(file), str(file))
 
 
 def _model(path: Path) -> ModelConfig:

@@ -29,7 +29,7 @@ from placement.hardware import Gpu, Hardware
 from placement.profile import Device, Gemm, Kernel, Link, Memory, Profile
 from placement.routing import Routing, uniform
 from tests.families import kimi_k25
-from tests.placement.test_ledger import K25
+from tests.reference.k25 import K25
 
 KERNEL = "numba/avx512vnni/int4/a8"
 EXPERT_BYTES = 24_772_608
@@ -192,7 +192,10 @@ def test_values_of_slots_are_what_the_slots_save() -> None:
 
 def test_kv_in_ram_crosses_the_link() -> None:
     cost = step_cost(rates("a", kv_in_ram=0.5), Load.decode(4, 8192))
-    assert cost.parts["link"] == pytest.approx(0.5 * 4 * 8192 * 70_272 / (25 * GB))
+    copied = 0.5 * 4 * 8192 * 70_272
+    assert cost.parts["link"] == pytest.approx(copied / (25 * GB))
+    on_device = step_cost(rates("a"), Load.decode(4, 8192))
+    assert cost.parts["CPU experts"] - on_device.parts["CPU experts"] == pytest.approx(copied / (245 * GB))
 
 
 def test_experts_on_the_disk_cost_their_bytes() -> None:
@@ -331,6 +334,24 @@ def test_a_small_model_scales_by_its_weights() -> None:
     assert which.experts.rows.seconds(1) == pytest.approx(
         EXPERT_BYTES / (430 * GB) * model.hidden_size * model.moe_intermediate_size / (7168 * 2048)
     )
+
+
+def test_amx_is_taken_only_by_name() -> None:
+    profile, _ = BOXES["a"]
+    amx = replace(profile.kernels[0], name="numba/amx/int4/a8")
+    both = replace(profile, kernels=(amx, *profile.kernels))
+    assert default_kernel(both, "int4", "a8", None) == KERNEL
+    assert default_kernel(both, "int4", "a8", "amx") == "numba/amx/int4/a8"
+
+
+def test_one_row_of_a_table_and_many() -> None:
+    table = RowTable.of({1: 1.0, 2: 1.5, 4: 2.0, 16: 10.0})
+    rows = np.array([0, 0.25, 1, 1.5, 3, 4, 15, 16, 17, 400.0])
+    by_hand = [0, 0.25, 1, 1.25, 1.75, 2, 10 - 8 / 12, 10, 10 + 8 / 12, 10 + 384 * 8 / 12]
+    assert table.many(rows) == pytest.approx(by_hand)
+    assert [table.seconds(float(m)) for m in rows] == pytest.approx(by_hand)
+    assert [table.rows_at(t) for t in (0.0, 1.25, 12.0)] == pytest.approx([1, 1.5, 19])
+    assert RowTable.of({1: 1.0, 2: 1.0, 8: 1.0}).rows_at(2.0) is None
 
 
 def test_missing_figures_are_named() -> None:

@@ -344,6 +344,9 @@ def test_threads() -> None:
     made = plan(cpu_box(read=read))
     assert made.settings.threads == 12
     assert plan(cpu_box(read=read), threads=3).settings.threads == 3
+    noisy = cpu_box()
+    spread = {1: Measured(18e9, 8e9, 20e9), 2: Measured(9e9, 7e9, 11e9), 4: Measured(5e9, 4e9, 6e9)}
+    assert plan(replace(noisy, memory=Memory(spread))).settings.threads == 2
     profile = cpu_box()
     limited = replace(profile, hardware=replace(profile.hardware, cpu_quota=5.5))
     assert plan(limited).settings.threads == 5

@@ -320,7 +320,7 @@ def test_the_fingerprint_is_of_the_machine_and_not_of_its_limits(tmp_path: Path)
     assert fingerprint(limited) == fingerprint(found)
     others = [
         replace(found, cpu="another"),
-        replace(found, ram_installed=found.ram_installed + 1),
+        replace(found, ram_installed=found.ram_installed + GIB),
         replace(found, nodes=found.nodes[:1]),
         replace(found, gpus=(Gpu("NVIDIA L40S", 46068 * MIB, "8.9"),)),
         replace(found, gpus=(Gpu("NVIDIA L40S", 46068 * MIB, "8.9", 4, 8),)),

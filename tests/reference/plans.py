@@ -45,7 +45,6 @@ def plan(model: ModelConfig, hardware: Hardware, **settings: Any) -> Plan:
         ledger=(Line("RAM", "routed experts", 1000),),
         choices=(),
         prediction=None,
-        needs=(),
     )
 
 

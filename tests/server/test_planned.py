@@ -84,7 +84,7 @@ def test_a_stale_plan(tmp_path: Path, model: ModelConfig, hardware: Hardware) ->
         ({"embedding_in_ram": True}, "embedding in RAM"),
     ],
 )
-def test_what_the_engine_does_not_do_is_refused_whatever_the_file_says_it_needs(
+def test_what_the_engine_does_not_do_is_refused(
     tmp_path: Path, model: ModelConfig, hardware: Hardware, settings: dict[str, object], ability: Ability
 ) -> None:
     path = tmp_path / "plan.yaml"
@@ -94,9 +94,9 @@ def test_what_the_engine_does_not_do_is_refused_whatever_the_file_says_it_needs(
     )
 
 
-def test_needs_of_the_file_count_too(tmp_path: Path, model: ModelConfig, hardware: Hardware) -> None:
+def test_all_that_is_lacking_is_named(tmp_path: Path, model: ModelConfig, hardware: Hardware) -> None:
     path = tmp_path / "plan.yaml"
-    write_plan(path, replace(plans.plan(model, hardware, slots=(1,)), needs=("streaming prefill",)))
+    write_plan(path, plans.plan(model, hardware, slots=(1,), ring=1))
     assert "the plan needs experts in VRAM, streaming prefill, which" in refusal(path, model, hardware)
 
 

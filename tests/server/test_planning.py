@@ -12,7 +12,7 @@ import yaml
 
 from placement.planner import shipped_profiles
 from server.__main__ import main
-from tests.placement.test_ledger import K25_TEXT
+from tests.reference.k25 import K25_TEXT
 
 A = "ddr5-4800-8ch_rtx4090"
 C = "2x-ddr5-5600-8ch_rtx6000pro"
