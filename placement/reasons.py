@@ -192,7 +192,7 @@ def _chunk(decision: Decision, settings: Settings) -> Choice:
     if chunk not in seconds:
         return Choice("step", value, "the default; there are no rates to choose by")
     best = min(seconds, key=lambda size: seconds[size])
-    reason = f"reads the goal's prompts in {human_seconds(seconds[chunk])}"
+    reason = f"reads the goal's prompts in {human_seconds(seconds[chunk])} before any VRAM slots"
     rates = decision.found.rates
     if rates is not None and decision.task.goal.concurrency > 1:
         full = human_seconds(step_cost(rates, Load.prompt(chunk)).seconds)

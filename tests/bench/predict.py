@@ -1,22 +1,24 @@
 """Predicted against measured: `python -m tests.bench.predict --json`.
 
-Three random checkpoints of different shape, their experts far larger than the caches. The machine's rates are measured
-first (or read: --profile), the cost model predicts decoding at batch 1, 4 and 16 and prompts of 256 and 2048 tokens
-from them, with every expert as likely as any other and with the routing that was recorded while the contexts were
-filled. Then real `Engine.step`s are timed. Their figures take turns over some rounds, because this may be a machine
-with slow minutes, and the memory's read rate is taken beside each, so that drift shows; visits while other processes
-had the processors do not count. Ends with status 1 where the median error is above LIMIT. The last line of stdout is
-one JSON document when --json is given.
+Three random checkpoints of different shape, their experts far larger than the caches. The cost model predicts decoding
+at batch 1, 4 and 16 and prompts of 256 and 2048 tokens from the machine's rates, with every expert as likely as any
+other and with the routing that was recorded while the contexts were filled. Then real `Engine.step`s are timed.
+
+A machine may be slow for minutes. So everything takes turns: a round measures the rates that `hybrid measure` takes
+first and then times every figure, and medians over the rounds are compared. Visits while other processes had the
+processors do not count. Ends with status 1 where the median error is above LIMIT. The last line of stdout is one JSON
+document when --json is given.
 """
 
 import argparse
 import json
+import math
 import statistics
 import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,7 +30,8 @@ from hybrid.trial_steps import TrialSteps, pages_needed
 from offload.bandwidth import ReadCeiling
 from offload.config import PoolConfig
 from placement import cost
-from placement.measure import measure
+from placement.measure import items_of, run_items, start
+from placement.measure_timing import Effort, Sizes
 from placement.probe import find_hardware
 from placement.profile import Profile, read_profile
 from placement.routing import Routing, read_routing, uniform, write_routing
@@ -43,6 +46,8 @@ BATCHES, PROMPTS = (1, 4, 16), (256, 2048)
 CHUNK = 512  # the server's default of --max-batch-tokens
 VISIT_SECONDS = 0.5  # of one figure in one round, at least
 VISIT_STEPS = {"decode": 3, "prefill": 1}
+EFFORT = Effort(seconds=1.0, rounds=1)  # of each table of rates in one round
+N_ITEMS = 3  # of the rates, the most important first: int4 experts, memory, device
 READ_BYTES = 1 << 28
 
 Phase = Literal["decode", "prefill"]
@@ -80,6 +85,15 @@ class Visit:
     others: float  # share of the processors that other processes had meanwhile
 
 
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """What the cost model says of a cell."""
+
+    seconds: float
+    parts: dict[str, float]  # seconds by cause
+    distinct: float  # experts
+
+
 @dataclass(slots=True)
 class Cell:
     """One figure of one model. Seconds are of a decode step, or until a prompt's first token."""
@@ -88,9 +102,7 @@ class Cell:
     phase: Phase
     size: int  # batch, or tokens of the prompt
     visits: list[Visit] = field(default_factory=list)
-    predicted: dict[str, float] = field(default_factory=dict)  # seconds, by routing
-    distinct: dict[str, float] = field(default_factory=dict)  # experts, as predicted
-    parts: dict[str, float] = field(default_factory=dict)  # seconds by cause, of the recorded routing's prediction
+    predictions: dict[str, list[Prediction]] = field(default_factory=dict)  # by routing, from each profile
 
     @property
     def valid(self) -> list[Visit]:
@@ -105,9 +117,12 @@ class Cell:
     def measured(self) -> float:
         return statistics.median(self.seconds)
 
+    def predicted(self, routing: str) -> float:
+        return statistics.median(found.seconds for found in self.predictions[routing])
+
     def error(self, routing: str) -> float:
         """Predicted over measured, less one."""
-        return self.predicted[routing] / self.measured - 1
+        return self.predicted(routing) / self.measured - 1
 
 
 @dataclass(slots=True)
@@ -125,24 +140,27 @@ def main() -> int:
     given = _arguments()
     with ExitStack() as stack:
         ceiling = stack.enter_context(closing(ReadCeiling(machine.pinned_cpus(), READ_BYTES)))
-        profile = read_profile(given.profile) if given.profile else _measured(given.measure_seconds)
+        profiles = [read_profile(given.profile)] if given.profile else list[Profile]()
         others = Others()
         subjects = [open_subject(stack, given.cache, name) for name in SHAPES]
-        for subject in subjects:
-            predict(subject, profile)
         for turn in range(given.rounds):
             print(f"round {turn + 1} of {given.rounds}", flush=True)
+            if not given.profile:
+                others.wait(given.wait)
+                profiles.append(measured())
+            for cell, subject in ((cell, subject) for subject in subjects for cell in subject.cells):
+                others.wait(given.wait)
+                cell.visits.append(visit(subject.steps, cell, ceiling, others))
+        for profile in profiles:
             for subject in subjects:
-                for cell in subject.cells:
-                    others.wait(given.wait)
-                    cell.visits.append(visit(subject.steps, cell, ceiling, others))
+                predict(subject, profile)
     cells = [cell for subject in subjects for cell in subject.cells]
-    print(table(cells, profile))
-    errors = {name: statistics.median(abs(cell.error(name)) for cell in cells) for name in cells[0].predicted}
+    print(table(cells))
+    errors = {name: statistics.median(abs(cell.error(name)) for cell in cells) for name in cells[0].predictions}
     print("median error: " + ", ".join(f"{error:.1%} ({name} routing)" for name, error in errors.items()))
     if given.json:
-        print(json.dumps(report(cells, profile, errors)))
-    return int(min(errors.values()) > LIMIT)
+        print(json.dumps(report(cells, profiles, errors)))
+    return int(max(errors.values()) > LIMIT)
 
 
 def open_subject(stack: ExitStack, cache: Path, name: str) -> Subject:
@@ -163,18 +181,18 @@ def open_subject(stack: ExitStack, cache: Path, name: str) -> Subject:
 
 
 def predict(subject: Subject, profile: Profile) -> None:
-    """Fill in what the cost model says of each cell."""
+    """Add what the cost model says of each cell from these rates."""
     model = subject.engine.model
     kernel = cost.default_kernel(profile, model.expert_format, "a8", None)
     for routing, shares in subject.routings.items():
         rates = cost.resolve(model, profile, cost.Setup("float32", kernel, overlaps=False), shares)
         for cell in subject.cells:
             costs = [cost.step_cost(rates, load) for load in loads(cell)]
-            cell.predicted[routing] = sum(step.seconds for step in costs)
-            cell.distinct[routing] = sum(step.distinct for step in costs)
-            cell.parts = {part: sum(step.parts[part] for step in costs) for part in costs[0].parts}
+            parts = {part: sum(step.parts[part] for step in costs) for part in costs[0].parts}
+            found = Prediction(sum(step.seconds for step in costs), parts, sum(step.distinct for step in costs))
+            cell.predictions.setdefault(routing, []).append(found)
             if cell.phase == "prefill":
-                assert cell.predicted[routing] == cost.prompt_seconds(rates, cell.size, CHUNK)
+                assert found.seconds == cost.prompt_seconds(rates, cell.size, CHUNK)
 
 
 def loads(cell: Cell) -> Iterator[cost.Load]:
@@ -200,18 +218,20 @@ def visit(steps: TrialSteps, cell: Cell, ceiling: ReadCeiling, others: Others) -
     return Visit(seconds, distinct, read, others.look())
 
 
-def table(cells: list[Cell], profile: Profile) -> str:
-    """The figures as Markdown. `read` is the memory's rate beside a cell over that of the profile."""
+def table(cells: list[Cell]) -> str:
+    """The figures as Markdown."""
     lines = [
-        "| model | step | measured ms (p5 to p95) | uniform | error | recorded | error | read |",
+        "| model | step | measured ms (p5 to p95) | uniform | error | recorded | error | GB/s read |",
         "|---|---|---:|---:|---:|---:|---:|---:|",
     ]
     for cell in cells:
         low, high = spread(cell)
-        predicted = " | ".join(f"{cell.predicted[name] * 1e3:.1f} | {cell.error(name):+.0%}" for name in cell.predicted)
+        predicted = " | ".join(
+            f"{cell.predicted(name) * 1e3:.1f} | {cell.error(name):+.0%}" for name in cell.predictions
+        )
         lines.append(
             f"| {cell.shape} | {cell.phase} {cell.size} | {cell.measured * 1e3:.1f} ({low * 1e3:.1f} to "
-            f"{high * 1e3:.1f}) | {predicted} | {drift(cell, profile):.2f} |"
+            f"{high * 1e3:.1f}) | {predicted} | {read_rate(cell) / 1e9:.1f} |"
         )
     return "\n".join(lines)
 
@@ -222,43 +242,48 @@ def spread(cell: Cell) -> tuple[float, float]:
     return cell.seconds[round(0.05 * last)], cell.seconds[round(0.95 * last)]
 
 
-def drift(cell: Cell, profile: Profile) -> float:
-    """The memory's read rate beside a cell over that of the profile."""
-    assert profile.memory is not None
-    read = statistics.median(rate for visit in cell.valid for rate in visit.read)
-    return read / max(rate.value for rate in profile.memory.read.values())
+def read_rate(cell: Cell) -> float:
+    """Bytes per second that the memory was read at beside a cell."""
+    return statistics.median(rate for visit in cell.valid for rate in visit.read)
 
 
-def report(cells: list[Cell], profile: Profile, errors: dict[str, float]) -> dict[str, Any]:
+def report(cells: list[Cell], profiles: list[Profile], errors: dict[str, float]) -> dict[str, Any]:
     """The JSON document."""
     rows = [
         {
             "shape": cell.shape, "phase": cell.phase, "size": cell.size, "seconds": cell.measured,
-            "spread": spread(cell), "samples": len(cell.seconds), "predicted": cell.predicted, "parts": cell.parts,
-            "error": {name: cell.error(name) for name in cell.predicted}, "drift": drift(cell, profile),
+            "spread": spread(cell), "samples": len(cell.seconds),
+            "predicted": {name: cell.predicted(name) for name in cell.predictions},
+            "error": {name: cell.error(name) for name in cell.predictions},
             "distinct": statistics.mean(n for visit in cell.valid for n in visit.distinct),
-            "predicted_distinct": cell.distinct, "others": [round(visit.others, 3) for visit in cell.visits],
+            "predictions": {name: [asdict(found) for found in all_] for name, all_ in cell.predictions.items()},
+            "medians": [statistics.median(visit.seconds) for visit in cell.visits],
+            "others": [round(visit.others, 3) for visit in cell.visits],
+            "read": [statistics.median(visit.read) for visit in cell.visits],
         }
         for cell in cells
     ]  # fmt: skip
-    about = {"torch": torch.__version__, "torch_threads": torch.get_num_threads(), "profile": profile.measured}
+    read = [max(r.value for r in profile.memory.read.values()) for profile in profiles if profile.memory]
+    about = {"torch": torch.__version__, "torch_threads": torch.get_num_threads(), "profiles_read": read}
     return {"bench": "predict", **machine.describe(), **about, "median_error": errors, "limit": LIMIT, "cells": rows}
 
 
-def _measured(seconds: float) -> Profile:
-    """This machine's rates, measured now."""
+def measured() -> Profile:
+    """This machine's rates, those that a model with int4 experts needs, quickly."""
+    hardware, sizes = find_hardware(), Sizes(effort=EFFORT)
     with tempfile.TemporaryDirectory() as folder:
-        return measure(
-            find_hardware(), None, seconds, lambda profile: None, lambda stage, done, total: None,
-            lambda line: print(line, flush=True), "cpu", Path(folder),
-        )  # fmt: skip
+        items = items_of(hardware, torch.device("cpu"), sizes, Path(folder), print)[:N_ITEMS]
+        return run_items(items, start(hardware, None, "cpu"), math.inf, _ignore, _ignore, lambda line: None)
+
+
+def _ignore(*news: object) -> None:
+    """Nobody waits for it."""
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.bench.predict", description=__doc__)
     parser.add_argument("--json", action="store_true", help="end with one JSON document")
-    parser.add_argument("--profile", type=Path, help="rates of this machine (default: measured first)")
-    parser.add_argument("--measure-seconds", type=float, default=60.0, help="for measuring them")
+    parser.add_argument("--profile", type=Path, help="rates of this machine (default: measured in every round)")
     parser.add_argument("--wait", type=float, default=20.0, help="seconds to wait for other processes, each time")
     parser.add_argument("--rounds", type=int, default=5, help="visits of each figure")
     parser.add_argument("--cache", type=Path, default=cache_folder(), help="where the checkpoints are kept")
