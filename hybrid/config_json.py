@@ -27,6 +27,8 @@ def read_object(path: Path) -> Mapping[str, object]:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
     except ValueError as error:
         raise ConfigError(f"{path}: not valid JSON ({error}); fetch the file again") from None
+    except RecursionError:
+        raise ConfigError(f"{path}: not valid JSON (nested too deeply); fetch the file again") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected a JSON object, found {_show(values)}")
     return values

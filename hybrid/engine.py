@@ -61,6 +61,7 @@ class Engine:
         choose_isa(config.pool.isa)  # a tier that cannot run is refused before anything is read
         topology = find_topology(config.pool.threads)
         backend, line = choose(config.experts, self._published(), config.expert_format, config.pool, topology)
+        self._config = replace(config, experts=backend)
         if line:
             notice(line)
         # Weights first: they are the smaller part, and tell soonest that checkpoint and config.json do not fit.
@@ -88,7 +89,7 @@ class Engine:
 
     @property
     def config(self) -> EngineConfig:
-        """As given, with the pool that is in use."""
+        """As given, with the pool and the backend of the experts that are in use."""
         return self._config
 
     def choices(self) -> Choices:

@@ -15,21 +15,23 @@ import numpy as np
 from hybrid.config import ModelConfig
 from placement.cost import Rates, Setup, resolve, slot_values
 from placement.facts import Facts
-from placement.forecast import Cache, batch_held, best_chunk, cached_tokens, score
+from placement.forecast import Cache, batch_held, batch_run, best_chunk, cached_tokens, score
 from placement.ledger import (
     MAX_BATCH_TOKENS,
+    MAX_RUNNING,
     Layout,
     Placement,
     PlacementError,
     Wishes,
     fit,
+    host_buffer_bytes,
     human,
     kv_buffer_bytes,
     page_bytes,
     room,
     workspace_bytes,
 )
-from placement.plan import Goal
+from placement.plan import Goal, GoalKind
 from placement.profile import Profile
 from placement.routing import Routing
 from placement.slots import SlotMarket
@@ -41,6 +43,8 @@ WORKSPACE_SHARE = 0.25  # of what is left on the device, that a larger chunk may
 # Scores that are as good: KV stays on the device unless more is gained than predictions can tell apart, and a slot
 # that brings next to nothing is left to the KV.
 SAME_WITHOUT_LINK, SAME_WITHOUT_SLOT = 1.02, 1.005
+SAME_WITH_MORE = 1.01  # likewise all of the goal's requests at once, unless fewer are faster
+HALVINGS: dict[GoalKind, int] = {"latency": 0, "throughput": 7, "swarm": 3}  # of that number, that are tried
 STREAM_GAIN = 1.02  # least gain in prefill for which a ring is kept
 RING_EXPERTS = 4
 
@@ -76,6 +80,11 @@ class Task:
     def has_link(self) -> bool:
         return self.facts.device == "cuda" and self.profile is not None and self.profile.link is not None
 
+    @property
+    def kv_may_leave(self) -> bool:
+        """Whether pages may lie in RAM. Two layers of them need buffers on the device."""
+        return self.has_link and not self.servable and self.model.num_hidden_layers > 2
+
     @cached_property
     def expert(self) -> int:
         """Bytes of one."""
@@ -94,6 +103,7 @@ class Arrangement:
     cache: Cache
     score: float  # seconds, less is better; 0 without rates
     chunks: dict[int, float]  # seconds of the goal's prompts by the sizes of a step that were tried
+    crowd: tuple[int, float] | None = None  # requests at once of the best arrangement for more of them, and its score
 
 
 def arrange(task: Task, base: Layout) -> Arrangement:
@@ -102,8 +112,45 @@ def arrange(task: Task, base: Layout) -> Arrangement:
     Sought with all layers alike; `exact` then deals the slots to the layers as they are.
     """
     task = task.coarse
+    base = replace(base, max_running=_running(task, base))
     streams, chunk, chunks = _steps(task, base)
     layout = replace(base, max_batch_tokens=chunk, ring_experts=RING_EXPERTS if streams else 0)
+    most, *fewer = [
+        _best(task, replace(layout, max_running=running), streams, chunks) for running in _batches(task, layout)
+    ]
+    best = min((most, *fewer), key=lambda one: one.score)
+    if most.score <= SAME_WITH_MORE * best.score:
+        return most
+    return replace(best, crowd=(batch_run(task.goal, most.cache), most.score))
+
+
+def _running(task: Task, base: Layout) -> int:
+    """Requests at once: as asked, or as many as the goal wants and there could be pages for. The others wait, and
+    need no workspace."""
+    if task.wishes.max_running is not None:
+        return task.wishes.max_running
+    low, high = MAX_RUNNING, max(MAX_RUNNING, task.goal.concurrency)
+    while low < high:
+        middle = (low + high + 1) // 2
+        spare, ram_left = room(task.model, task.facts, replace(base, max_running=middle))
+        in_ram = _most_in_ram(task, base, spare, ram_left)
+        left = spare - kv_buffer_bytes(task.model, in_ram) + in_ram
+        tokens = max(0, left) // page_bytes(task.model, base) * base.page_size
+        low, high = (middle, high) if batch_held(task.goal, tokens) >= middle else (low, middle - 1)
+    return low
+
+
+def _batches(task: Task, layout: Layout) -> list[int]:
+    """Requests at once that are worth pricing, the most first: with fewer, the KV may stay in faster memory."""
+    most = min(task.goal.concurrency, layout.max_running)
+    if task.profile is None or task.wishes.max_running is not None:
+        return [layout.max_running]
+    halves = [2**power for power in reversed(range(most.bit_length())) if 2**power < most]
+    return [layout.max_running, *halves[: HALVINGS[task.goal.kind]]]
+
+
+def _best(task: Task, layout: Layout, streams: bool, chunks: dict[int, float]) -> Arrangement:
+    """The best arrangement of one layout. Raises PlacementError."""
     if task.servable or task.facts.device == "cpu":
         found = [_priced(task, layout, streams, chunks)]
     else:
@@ -128,7 +175,7 @@ def exact(task: Task, found: Arrangement) -> Arrangement:
     if task.routing.uniform:
         return found
     layout = replace(found.layout, slots=_market(task, found.layout, found.streams).deal(sum(found.layout.slots)))
-    return _priced(task, layout, found.streams, found.chunks)
+    return replace(_priced(task, layout, found.streams, found.chunks), crowd=found.crowd)
 
 
 def _steps(task: Task, base: Layout) -> tuple[bool, int, dict[int, float]]:
@@ -153,14 +200,25 @@ def _sizes(task: Task, layout: Layout) -> tuple[int, ...]:
     """Chunk sizes whose workspace leaves the device room; only the wished one where there is a wish."""
     if task.wishes.max_batch_tokens:
         return (task.wishes.max_batch_tokens,)
-    spare, _ = room(task.model, task.facts, replace(layout, max_batch_tokens=MAX_BATCH_TOKENS))
-    least = workspace_bytes(task.model, replace(layout, max_batch_tokens=MAX_BATCH_TOKENS))
-    return tuple(
-        size
-        for size in CHUNKS
-        if size <= MAX_BATCH_TOKENS
-        or workspace_bytes(task.model, replace(layout, max_batch_tokens=size)) - least <= WORKSPACE_SHARE * spare
-    )
+    small = replace(layout, max_batch_tokens=MAX_BATCH_TOKENS)
+    spare, ram_left = room(task.model, task.facts, small)
+    least = _pages(task, layout, 1) * page_bytes(task.model, layout)  # of KV, which must have room beside it
+    device_most = WORKSPACE_SHARE * spare
+    if not task.kv_may_leave or layout.mapped:
+        device_most = min(device_most, spare - least)
+    ram_most = max(0, ram_left - _beyond(task, layout, int(least + device_most - spare)))
+    if not task.servable and not layout.mapped:  # experts may leave RAM for it
+        ram_most += int(WORKSPACE_SHARE * max(0, spare + min(0, ram_left)))
+
+    def fits(size: int) -> bool:
+        large = replace(layout, max_batch_tokens=size)
+        device = workspace_bytes(task.model, large) - workspace_bytes(task.model, small)
+        ram = host_buffer_bytes(task.model, large) - host_buffer_bytes(task.model, small)
+        if task.facts.device == "cpu":
+            return device + ram <= device_most
+        return device <= device_most and ram <= ram_most
+
+    return tuple(size for size in CHUNKS if size <= MAX_BATCH_TOKENS or fits(size))
 
 
 def _market(task: Task, layout: Layout, streams: bool) -> SlotMarket:
@@ -168,14 +226,14 @@ def _market(task: Task, layout: Layout, streams: bool) -> SlotMarket:
     rates = task.rates(task.setup(replace(layout, slots=()), streams))
     if rates is None:
         return SlotMarket(np.sort(task.routing.shares, axis=1)[:, ::-1])
-    return SlotMarket(slot_values(rates, task.goal.concurrency))
+    return SlotMarket(slot_values(rates, min(task.goal.concurrency, layout.max_running)))
 
 
 def _splits(task: Task, layout: Layout, market: SlotMarket) -> Iterator[Layout]:
     """Layouts that divide the device's room between experts and KV, from none of the one to none of the other."""
     spare, ram_left = room(task.model, task.facts, layout)
     page = page_bytes(task.model, layout)
-    least, want = (_pages(task, layout, n) * page for n in (1, task.goal.concurrency))
+    least, want = (_pages(task, layout, n) * page for n in (1, min(task.goal.concurrency, layout.max_running)))
     longest = layout.max_model_len or task.model.max_position_embeddings
     useful = -(-longest // layout.page_size) * layout.max_running * page  # more pages could never be in use
     for n in _slot_counts(task, layout, spare, ram_left, want):
@@ -184,27 +242,36 @@ def _splits(task: Task, layout: Layout, market: SlotMarket) -> Iterator[Layout]:
         short = _beyond(task, layout, want - left)
         leave = bool(slots) and not layout.mapped and ram_left < short
         ram = ram_left + (sum(slots) * task.expert if leave else 0)
-        in_ram = max(0, min(-(-short // page) * page, ram // page * page))
+        beside = spare - n * task.expert - (page if layout.kv_bytes is None else layout.kv_bytes)
+        in_ram = min(-(-short // page) * page, _most_in_ram(task, layout, beside, ram) // page * page)
         if layout.kv_bytes is None:
             left = min(left - kv_buffer_bytes(task.model, in_ram), useful)
         kv = left // page * page
-        if ram >= 0 and kv >= 0 and kv + in_ram >= least:
+        if ram >= 0 and kv >= page and kv + in_ram >= least:
             yield replace(layout, slots=slots, experts_leave_ram=leave, kv_bytes=kv, kv_in_ram=in_ram)
 
 
 def _beyond(task: Task, layout: Layout, missing: int) -> int:
     """Bytes of KV that have to lie in RAM where the device misses so many: their buffers take device memory too."""
     n_layers = task.model.num_hidden_layers
-    if missing <= 0 or not task.has_link or layout.mapped or n_layers < 3:
+    if missing <= 0 or not task.kv_may_leave or layout.mapped:
         return 0
     return -(-missing * n_layers // (n_layers - 2))
+
+
+def _most_in_ram(task: Task, layout: Layout, spare: int, ram_left: int) -> int:
+    """Bytes of KV that there is room for in RAM, and for their buffers on the device."""
+    if not task.kv_may_leave or layout.mapped:
+        return 0
+    return max(0, min(ram_left, spare * task.model.num_hidden_layers // 2))
 
 
 def _slot_counts(task: Task, layout: Layout, spare: int, ram_left: int, want: int) -> list[int]:
     """Numbers of slots worth pricing: even steps, all that the goal's KV leaves, and what RAM lacks."""
     most = min(max(0, spare) // task.expert, task.routing.shares.size)
     if layout.kv_bytes is not None:
-        return [min(most, max(0, spare - layout.kv_bytes) // task.expert)]
+        buffers = kv_buffer_bytes(task.model, _beyond(task, layout, want - layout.kv_bytes))
+        return [min(most, max(0, spare - layout.kv_bytes - buffers) // task.expert)]
     beside_kv = min(most, max(0, spare - want) // task.expert)
     lacking = min(most, max(0, -(ram_left // task.expert)))
     if task.profile is None:
@@ -222,8 +289,8 @@ def _pages(task: Task, layout: Layout, requests: int) -> int:
 
 def _priced(task: Task, layout: Layout, streams: bool, chunks: dict[int, float]) -> Arrangement:
     placement = fit(task.model, task.facts, layout)
-    cache = Cache(placement.n_pages * layout.page_size, placement.pages_in_ram * layout.page_size)
-    if not task.servable and not batch_held(task.goal, cache.tokens):
+    cache = Cache(placement.n_pages * layout.page_size, placement.pages_in_ram * layout.page_size, layout.max_running)
+    if not batch_held(task.goal, cache.tokens):
         _refuse(task, layout)
     rates = task.rates(task.setup(layout, streams, placement.from_disk))
     value = 0.0 if rates is None else score(rates, task.goal, cache, layout.max_batch_tokens)

@@ -9,7 +9,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from offload.config import Isa
+from offload.config import ExpertFormat, Isa
+from placement.forecast import human_seconds
 from placement.hardware import HugePages
 from placement.ledger import HOST_RESERVE, human
 
@@ -102,14 +103,14 @@ def amx(available: tuple[Isa, ...], used: Isa, permitted: bool) -> Iterator[Find
     )
 
 
-def kernels(errors: Mapping[Isa, float]) -> Iterator[Finding]:
-    """`errors`: relative error of each tier against plain arithmetic."""
-    for isa, error in errors.items():
+def kernels(errors: Mapping[tuple[Isa, ExpertFormat], float]) -> Iterator[Finding]:
+    """`errors`: relative error of each tier and format against plain arithmetic."""
+    for (isa, fmt), error in errors.items():
         if not error <= TOLERANCE:  # NaN too
             yield Finding(
                 "broken",
                 f"the {isa} kernels give wrong answers",
-                f"relative error {error:.3g} of a small int4 layer against plain arithmetic; {TOLERANCE} is allowed",
+                f"relative error {error:.3g} of a small {fmt} layer against plain arithmetic; {TOLERANCE} is allowed",
                 "choose another tier with --isa; remove the kernel cache (~/.cache/hybrid/kernels) and try again",
             )
 
@@ -150,12 +151,13 @@ def huge_pages(setting: HugePages, backed: float | None) -> Iterator[Finding]:
             HUGE_PAGES_GAIN,
         )
     elif backed is not None and backed < BACKED:
+        gain = 1 + (HUGE_PAGES_GAIN - 1) * (1 - backed)
         yield Finding(
-            "slow",
+            _severity(gain),
             f"only {backed:.0%} of a test arena lay in huge pages",
             f"{file} says {setting}, but the system found too little unbroken memory",
             "as root: echo 1 > /proc/sys/vm/compact_memory; or restart the machine before a large model is loaded",
-            1 + (HUGE_PAGES_GAIN - 1) * (1 - backed),
+            gain,
         )
 
 
@@ -283,14 +285,6 @@ def sandboxes(clone: str | None, most: str | None, restricted: str | None, bwrap
         )
 
 
-def show_time(seconds: float) -> str:
-    """Seconds for people."""
-    for unit, size in (("s", 1.0), ("ms", 1e-3)):
-        if seconds >= size:
-            return f"{seconds / size:.3g} {unit}"
-    return f"{seconds * 1e6:.3g} us"
-
-
 def _severity(gain: float | None) -> Severity:
     return "slow" if gain is None or gain >= WORTH else "note"
 
@@ -302,5 +296,7 @@ def _gain(compared: Compared) -> tuple[float | None, str]:
         return None, "what that costs was not measured"
     rows = max(ratios, key=lambda n: ratios[n])
     now, could = compared[rows]
-    shown = f"a layer of {rows} row{'s' if rows > 1 else ''} takes {show_time(now)} instead of {show_time(could)}"
+    shown = (
+        f"a layer of {rows} row{'s' if rows > 1 else ''} takes {human_seconds(now)} instead of {human_seconds(could)}"
+    )
     return max(1.0, ratios[rows]), shown

@@ -8,6 +8,7 @@ VRAM slots, or over the link while a prompt is read (`expert_cost.py`). The link
 here knows its name. Called by the planner, the server's account of itself, and the simulator; knows none of them.
 """
 
+import functools
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -122,6 +123,7 @@ class Rates:
     head: Linear
     kv_item: int
     own_device: bool  # device and RAM are two memories
+    hand_over: tuple[float, float]  # seconds of a byte of hidden states to RAM, and back
     launches: tuple[float, float]  # seconds of a step, and of each sequence in it
     draw: float  # seconds of drawing one token
     kv_read: float
@@ -129,6 +131,7 @@ class Rates:
     experts: ExpertRates
     layers: tuple[Layers, ...]
     n_moe: int  # layers with routed experts
+    # By tokens and what streams beside them. replace() shares it: nothing that the experts' cost hangs on may change.
     memo: dict[tuple[int, float, bool], ExpertCost] = field(default_factory=dict, repr=False)
 
 
@@ -141,7 +144,9 @@ def resolve(model: ModelConfig, profile: Profile, setup: Setup, routing: Routing
         raise CostError(f"profile {profile.name} has no figures of {setup.kernel}; {MEASURE}")
     if setup.from_disk and profile.disk_read is None:
         raise CostError(f"profile {profile.name} has no disk_read; {MEASURE}")
-    own = profile.link is not None
+    own = device.kind == "cuda"
+    if own and profile.link is None:
+        raise CostError(f"profile {profile.name} has no link between RAM and its device; {MEASURE}")
     wide = WIDE_DTYPE.get(setup.weights, setup.weights)
     counts = _weight_counts(model)
     narrow_table, wide_table = _table(profile, setup.weights), _table(profile, wide)
@@ -153,7 +158,8 @@ def resolve(model: ModelConfig, profile: Profile, setup: Setup, routing: Routing
         rows=_kernel_table(model, kernel.hidden, kernel.inner, {m: t.value for m, t in kernel.seconds.items()}),
         ram_read=max(rate.value for rate in profile.memory.read.values()) if profile.memory else math.inf,
         disk_read=profile.disk_read.value if profile.disk_read else math.inf,
-        link=profile.link.to_device.value if profile.link else 0.0,
+        link=(profile.link.to_device_beside_kernels or profile.link.to_device).value if profile.link else 0.0,
+        beside_copies=(profile.link.kernels_beside_copies or 1.0) if profile.link else 1.0,
         from_disk=setup.from_disk,
         device=Device(
             read=gemm.size**2 * ITEM_BYTES[setup.weights] / gemm.seconds[min(gemm.seconds)].value,
@@ -171,6 +177,9 @@ def resolve(model: ModelConfig, profile: Profile, setup: Setup, routing: Routing
         head=Linear(counts["head"], wide_table, ITEM_BYTES[wide]),
         kv_item=ITEM_BYTES[wide],
         own_device=own,
+        hand_over=(1 / profile.link.from_device.value, 1 / profile.link.to_device.value)
+        if profile.link
+        else (0.0, 0.0),
         launches=(device.per_step.value + n_layers * device.per_layer.value, device.per_row.value),
         draw=model.vocab_size * device.per_logit.value,
         kv_read=device.kv_read.value,
@@ -186,7 +195,7 @@ def step_cost(rates: Rates, load: Load) -> StepCost:
 
     Without a device of its own every part takes its turn on the same cores: T is their sum. With one, a layer is
     attention and projections, then the routed experts beside the shared one; the link works ahead all the time:
-    T = launches + logits + max(link, weights + attention + max(CPU + disk, shared + VRAM)).
+    T = launches + logits + max(link, weights + attention + hand-over + sum of layers' max(CPU + disk, shared + VRAM)).
     """
     tokens = load.tokens
     narrow = sum(linear.seconds(tokens) for linear in rates.dense)
@@ -195,6 +204,8 @@ def step_cost(rates: Rates, load: Load) -> StepCost:
     kv_link = rates.setup.kv_in_ram * _kv_bytes(rates, load)
     ahead = narrow + decode + prefill
     experts = _experts(rates, tokens, ahead, shared, bool(load.chunks))
+    hidden = 4.0 * tokens * rates.model.hidden_size * rates.n_moe  # float32, one way
+    there, back = rates.hand_over
     head = rates.head.seconds(load.sampled) + load.sampled * rates.draw
     fixed, each = rates.launches
     parts = {
@@ -205,11 +216,12 @@ def step_cost(rates: Rates, load: Load) -> StepCost:
         # What is copied out of RAM is read there too: kernels wait for it.
         "CPU experts": experts.cpu + kv_link / rates.experts.ram_read,
         "VRAM experts": experts.vram,
+        "hand-over": hidden * (there + back),
         "link": experts.link + (kv_link / rates.experts.link if kv_link else 0.0),
         "disk": experts.disk,
     }
-    seconds, binding = _overlapped(rates, parts, shared)
-    return StepCost(seconds, parts, _moved(rates, load, experts, kv_link), experts.distinct, binding)
+    seconds, binding = _overlapped(rates, parts, shared, experts)
+    return StepCost(seconds, parts, _moved(rates, load, experts, kv_link, hidden), experts.distinct, binding)
 
 
 def prompt_seconds(rates: Rates, tokens: int, chunk: int | None, before: int = 0) -> float:
@@ -246,15 +258,18 @@ def default_kernel(profile: Profile, expert_format: ExpertFormat, precision: Pre
     raise CostError(f"profile {profile.name} has no figures of {what}; {MEASURE}")
 
 
-def _overlapped(rates: Rates, parts: dict[str, float], shared: float) -> tuple[float, str]:
+def _overlapped(rates: Rates, parts: dict[str, float], shared: float, experts: ExpertCost) -> tuple[float, str]:
     """Seconds of the step, and the part that most of its critical path goes to."""
     ends = parts["launches"] + parts["logits"]
     if not rates.own_device or not rates.setup.overlaps:
         return sum(parts.values()), max(parts, key=lambda name: parts[name])
     host, beside = parts["CPU experts"] + parts["disk"], shared + parts["VRAM experts"]
-    path = parts["weights"] - shared + parts["attention"] + max(host, beside)
-    if parts["link"] > path:
-        return ends + parts["link"], "link"
+    waits = parts["CPU experts"] - experts.cpu if host > beside else 0.0
+    path = parts["weights"] - shared + parts["attention"] + parts["hand-over"] + experts.path + waits
+    # Experts on their way share the link with the hidden states that come back.
+    busy = parts["link"] + (parts["hand-over"] / 2 if parts["link"] else 0.0)
+    if busy > path:
+        return ends + busy, "link"
     on_path = dict(parts, link=0.0)
     if host > beside:
         on_path |= {"weights": parts["weights"] - shared, "VRAM experts": 0.0}
@@ -271,8 +286,8 @@ def _experts(rates: Rates, tokens: int, ahead: float, shared: float, has_prompt:
     if known is None:
         if len(rates.memo) >= MEMO:  # with streaming the key has a time in it, so there is no end of keys
             rates.memo.clear()
-        budget = (ahead / rates.n_moe, shared / rates.n_moe) if streams else None
-        known = rates.memo[key] = expert_cost(rates.experts, rates.layers, tokens, budget)
+        before = ahead / rates.n_moe if streams else None
+        known = rates.memo[key] = expert_cost(rates.experts, rates.layers, tokens, shared / rates.n_moe, before)
     return known
 
 
@@ -310,22 +325,22 @@ def _kv_bytes(rates: Rates, load: Load) -> float:
     return float(n_ids * rates.model.kv_bytes_per_token(rates.kv_item))
 
 
-def _moved(rates: Rates, load: Load, experts: ExpertCost, kv_link: float) -> dict[str, float]:
+def _moved(rates: Rates, load: Load, experts: ExpertCost, kv_link: float, hidden: float) -> dict[str, float]:
     """Bytes by the memory or link that carries them."""
     linears = (*rates.dense, rates.shared, *((rates.head,) if load.sampled else ()))
     device = sum(linear.n_weights * linear.item_bytes for linear in linears) + _kv_bytes(rates, load)
     ram = experts.cpu_bytes + experts.link_bytes + kv_link
-    hidden = 2.0 * 4 * load.tokens * rates.model.hidden_size * rates.n_moe  # there and back, float32
     if not rates.own_device:
         return {"RAM": ram + device, "VRAM": 0.0, "link": 0.0, "disk": experts.disk_bytes}
     return {
-        "RAM": ram + hidden,
+        "RAM": ram + 2 * hidden,
         "VRAM": device + experts.vram_bytes,
-        "link": experts.link_bytes + kv_link + hidden,
+        "link": experts.link_bytes + kv_link + 2 * hidden,
         "disk": experts.disk_bytes,
     }
 
 
+@functools.lru_cache(maxsize=4)  # a planner resolves hundreds of setups of one model
 def _weight_counts(model: ModelConfig) -> dict[str, int]:
     """Weights by the way a step uses them. The embedding is only looked up, norms are too small to time."""
     counts = {"dense": 0, "router": 0, "shared": 0, "head": model.vocab_size * model.hidden_size}

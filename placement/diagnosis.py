@@ -9,8 +9,9 @@ from dataclasses import asdict, dataclass
 
 from offload.config import Isa
 from placement import checks
-from placement.checks import Finding, show_time
+from placement.checks import Finding
 from placement.document import to_plain
+from placement.forecast import human_seconds
 from placement.hardware import Hardware
 from placement.ledger import human
 from placement.probe import machine_name
@@ -77,7 +78,7 @@ def text(report: Report) -> str:
     if report.phases:
         lines += ["", f"{'phase':<48}{'takes':>10}{'roofline':>11}{'share':>8}  bound by"]
         lines += [
-            f"{phase.name:<48}{show_time(phase.seconds):>10}{show_time(phase.roofline):>11}{phase.share:>8.0%}"
+            f"{phase.name:<48}{human_seconds(phase.seconds):>10}{human_seconds(phase.roofline):>11}{phase.share:>8.0%}"
             f"  {phase.binding}"
             for phase in report.phases
         ]

@@ -6,6 +6,7 @@ settings and writes nothing but a small model in a temporary directory. Called b
 OMP_WAIT_POLICY=PASSIVE before torch is loaded, as the engine's does.
 """
 
+import itertools
 import math
 import shutil
 import statistics
@@ -33,7 +34,7 @@ from placement.checks import Compared, Finding, Room
 from placement.diagnosis import TINY, Phase, Report
 from placement.hardware import Hardware
 from placement.ledger import MAX_BATCH_TOKENS, expert_bytes, human, weight_bytes
-from placement.measure_kernels import cache_bytes, small_config
+from placement.measure_kernels import ACTIVE, CACHES, cache_bytes, small_config
 from placement.measure_timing import Effort, Sizes
 from placement.probe import find_hardware
 
@@ -43,7 +44,6 @@ Device = Literal["cpu", "cuda"]
 SIZES = Sizes(effort=Effort(seconds=1.0, longest=0.5))
 ROWS = (1, 16)
 SHARE_OF_RAM = 0.15  # of what is free, for one layer of experts; as many as three are there at once
-CACHES = 4  # times their size, so that no expert comes from one
 UNNAMED_CACHE = 8 << 20  # where the system does not tell their size
 
 
@@ -168,18 +168,19 @@ def _is_packed(directory: Path, model: ModelConfig) -> bool:
 
 
 def _try_kernels(case: _Case, progress: Progress) -> list[Finding]:
-    """Every tier that may run, on a layer whose answer is known."""
+    """Every tier that may run, on a layer whose answer is known: int4 experts, and those of the model's own format."""
+    formats: tuple[ExpertFormat, ...] = tuple(dict.fromkeys(("int4", case.expert[2])))
     tiers = [tier for tier in case.hardware.tiers if tier != "amx" or permit_amx()]
     errors = {}
-    for done, tier in enumerate(tiers):
-        progress(f"trying the {tier} kernels", done, len(tiers))
-        errors[tier] = trial.kernel_error(tier, case.config.precision)
+    for done, (tier, fmt) in enumerate(itertools.product(tiers, formats)):
+        progress(f"trying the {tier} kernels, {fmt}", done, len(tiers) * len(formats))
+        errors[tier, fmt] = trial.kernel_error(tier, case.config.precision, fmt)
     return list(checks.kernels(errors))
 
 
 def _sets(case: _Case) -> int:
     """Sets of eight experts that are more than the caches hold, or as many as RAM has room for."""
-    each = trial.ACTIVE * _bytes_of(case.expert)
+    each = ACTIVE * _bytes_of(case.expert)
     wanted = max(case.sizes.expert_bytes, CACHES * cache_bytes(case.hardware))
     return min(max(2, math.ceil(wanted / each)), int(SHARE_OF_RAM * case.free) // each)
 
@@ -234,7 +235,7 @@ def _run_layer(
     phases = []
     for n in [n for n in ROWS if ("as asked", n) in samples]:
         ceilings = {"RAM": sizes["as asked"] / read, "kernels": rate[n] * sizes["as asked"]}
-        name = f"{trial.ACTIVE} experts, {n} row{'s' if n > 1 else ''} each"
+        name = f"{ACTIVE} experts, {n} row{'s' if n > 1 else ''} each"
         phases.append(Phase(name, statistics.median(samples["as asked", n]), ceilings))
     return read, phases, rate, list(_judge_layer(case, samples, backed, main.notices))
 
@@ -260,7 +261,7 @@ def _cached_inner(case: _Case) -> int:
     hidden, inner, fmt = case.expert
     step = 128  # whole blocks of every format
     room = (cache_bytes(case.hardware) or UNNAMED_CACHE) / 2
-    return min(inner, step * max(1, int(room / (trial.ACTIVE * _bytes_of((hidden, step, fmt))))))
+    return min(inner, step * max(1, int(room / (ACTIVE * _bytes_of((hidden, step, fmt))))))
 
 
 def _run_engine(

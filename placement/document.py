@@ -1,8 +1,9 @@
 """Profiles and plans as YAML that people read: dataclasses to plain values and back, with units and no guessing.
 
 A figure is text with its unit ("34.5 GB/s"), a measured one may carry its spread ("34.5 GB/s [33.1 to 35.2]"). A key
-that is missing or unknown, a value of another type, a wrong unit or another version is one line that names the file
-and the key. Knows no profile and no plan; `profile.py` and `plan.py` declare theirs with the types below.
+that is missing, unknown or there twice, a value of another type or out of its bounds, a wrong unit or another version
+is one line that names the file and the key. Knows no profile and no plan; `profile.py` and `plan.py` declare theirs
+with the types below.
 """
 
 import dataclasses
@@ -10,7 +11,7 @@ import difflib
 import math
 import re
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -26,12 +27,14 @@ class DocumentError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """What a number counts, and how it may be written. Exact units are whole numbers and are never rounded."""
+    """What a number counts, and how it may be written. Exact units are whole numbers and are never rounded, positive
+    ones are never 0."""
 
     name: str
     example: str
     factors: tuple[tuple[str, float], ...]  # suffix to factor, the largest last
     exact: bool = False
+    positive: bool = False
 
     def parse(self, text: object) -> float:
         """The number of a text such as the example. Raises ValueError with what was expected."""
@@ -40,8 +43,9 @@ class Unit:
         if match is None or factor is None:
             raise ValueError(f"expected {self.name} such as {self.example!r}, found {text!r}")
         value = float(match[1]) * factor
-        if not math.isfinite(value) or value < 0:
-            raise ValueError(f"expected {self.name} of at least 0, found {text!r}")
+        if not math.isfinite(value) or value < 0 or (self.positive and value == 0):
+            bound = "above 0" if self.positive else "of at least 0"
+            raise ValueError(f"expected {self.name} {bound}, found {text!r}")
         return round(value) if self.exact else value
 
     def show(self, value: float) -> str:
@@ -55,6 +59,14 @@ class Unit:
         return f"{value / factor:.4g} {suffix}"
 
 
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """What a value must be beyond its type."""
+
+    name: str  # as after "expected"
+    holds: Callable[[Any], bool]
+
+
 _FIGURE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?)\s*([A-Za-z/]+)\s*")
 _SPREAD = re.compile(r"(.*?([A-Za-z/]+))\s*\[\s*(\S+)\s+to\s+(\S+)\s*\]\s*")
 _DECIMAL = tuple(zip(("B", "kB", "MB", "GB", "TB"), (1, 1e3, 1e6, 1e9, 1e12), strict=True))
@@ -62,7 +74,8 @@ _BINARY = tuple(zip(("KiB", "MiB", "GiB", "TiB"), (2**10, 2**20, 2**30, 2**40), 
 
 BYTES = Unit("a size", "64 GiB", tuple(sorted((*_DECIMAL, *_BINARY), key=lambda pair: pair[1])), exact=True)
 SECONDS = Unit("a time", "1.5 ms", (("ns", 1e-9), ("us", 1e-6), ("ms", 1e-3), ("s", 1.0)))
-BYTE_RATE = Unit("a rate", "34.5 GB/s", tuple((f"{suffix}/s", factor) for suffix, factor in _DECIMAL))
+DURATION = dataclasses.replace(SECONDS, positive=True)
+BYTE_RATE = Unit("a rate", "34.5 GB/s", tuple((f"{suffix}/s", factor) for suffix, factor in _DECIMAL), positive=True)
 FLOP_RATE = Unit(
     "an arithmetic rate",
     "2.1 TFLOP/s",
@@ -70,7 +83,12 @@ FLOP_RATE = Unit(
         (f"{prefix}FLOP/s", factor)
         for prefix, factor in zip(("", "k", "M", "G", "T"), (1, 1e3, 1e6, 1e9, 1e12), strict=True)
     ),
+    positive=True,
 )
+COUNT = Rule("a whole number of at least 1", lambda value: value >= 1)
+POSITIVE = Rule("a number above 0", lambda value: value > 0)
+BY_COUNT = Rule("figures by number, one at least", bool)
+BY_ROWS = Rule("figures by rows, those of 1 row among them", lambda value: 1 in value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,9 +102,15 @@ class Measured:
 
 Bytes = Annotated[int, BYTES]
 Seconds = Annotated[float, SECONDS]
+Duration = Annotated[float, DURATION]
+Count = Annotated[int, COUNT]
+Positive = Annotated[float, POSITIVE]
 MeasuredSeconds = Annotated[Measured, SECONDS]
 MeasuredByteRate = Annotated[Measured, BYTE_RATE]
+MeasuredDuration = Annotated[Measured, DURATION]
 MeasuredFlopRate = Annotated[Measured, FLOP_RATE]
+SecondsByRows = Annotated[dict[Count, MeasuredDuration], BY_ROWS]
+RatesByCount = Annotated[dict[Count, MeasuredByteRate], BY_COUNT]
 
 
 def write_document(path: Path, kind: str, version: int, value: Any) -> None:
@@ -127,11 +151,27 @@ class _Wrong(ValueError):
     """A key and what is wrong with it."""
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is there twice; YAML would take the last and say nothing."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value != "<<":  # that merges another mapping
+                name = self.construct_object(key)
+                if name in seen:
+                    raise yaml.MarkedYAMLError(problem=f"key {name} is there twice", problem_mark=key.start_mark)
+                seen.add(name)
+        return super().construct_mapping(node, deep)
+
+
 def _mapping(path: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         raise DocumentError(f"{path}: cannot be read: {error.strerror}") from None
+    except RecursionError:
+        raise DocumentError(f"{path}: nested too deeply for a profile or a plan") from None
     except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or a date that does not exist
         mark = getattr(error, "problem_mark", None)
         line = f" in line {mark.line + 1}" if mark else ""
@@ -146,7 +186,7 @@ def _to_plain(value: Any, hint: Any) -> Any:
     hint, unit = _bare(hint)
     if value is None:
         return None
-    if unit is not None:
+    if isinstance(unit, Unit):
         return _show_measured(value, unit) if isinstance(value, Measured) else unit.show(value)
     if dataclasses.is_dataclass(value):
         return to_plain(value)
@@ -159,8 +199,8 @@ def _to_plain(value: Any, hint: Any) -> Any:
     return float(value) if isinstance(value, float) else value  # NumPy's float64 is a float that YAML refuses
 
 
-def _bare(hint: Any) -> tuple[Any, Unit | None]:
-    """The hint without `| None` and without its unit, and the unit."""
+def _bare(hint: Any) -> tuple[Any, Unit | Rule | None]:
+    """The hint without `| None` and without its unit or rule, and that."""
     if get_origin(hint) in (Union, types.UnionType):
         hint = next(part for part in get_args(hint) if part is not type(None))
     if get_origin(hint) is Annotated:
@@ -177,14 +217,21 @@ def _show_measured(value: Measured, unit: Unit) -> str:
 
 
 def _read(value: object, hint: Any, key: str) -> Any:
-    bare, unit = _bare(hint)
+    bare, mark = _bare(hint)
     if value is None and get_origin(hint) in (Union, types.UnionType):
         return None
-    try:
-        if unit is not None:
-            return _read_measured(value, unit) if bare is Measured else unit.parse(value)
-    except ValueError as error:
-        raise _Wrong(f"{key}: {error}") from None
+    if isinstance(mark, Unit):
+        try:
+            return _read_measured(value, mark) if bare is Measured else mark.parse(value)
+        except ValueError as error:
+            raise _Wrong(f"{key}: {error}") from None
+    found = _read_bare(value, bare, key)
+    if mark is not None and not mark.holds(found):
+        raise _Wrong(f"{key}: expected {mark.name}, found {value!r}")
+    return found
+
+
+def _read_bare(value: object, bare: Any, key: str) -> Any:
     if dataclasses.is_dataclass(bare):
         return _read_fields(bare, value, key)  # type: ignore[arg-type]
     origin = get_origin(bare)
@@ -220,10 +267,7 @@ def _read_scalar(value: object, hint: Any, key: str) -> Any:
 def _read_mapping(value: object, key_hint: Any, hint: Any, key: str) -> dict[Any, Any]:
     if not isinstance(value, dict):
         raise _Wrong(f"{key}: expected keys and values, found {value!r}")
-    return {
-        _read_scalar(name, key_hint, f"{key}.{name}"): _read(item, hint, f"{key}.{name}")
-        for name, item in value.items()
-    }
+    return {_read(name, key_hint, f"{key}.{name}"): _read(item, hint, f"{key}.{name}") for name, item in value.items()}
 
 
 def _read_fields(cls: type[Any], value: object, key: str) -> Any:

@@ -10,8 +10,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from placement.routing import chosen
+
 Array = npt.NDArray[np.float64]
-EXACT_TOKENS = 256  # beyond, t(m) is as good as straight over the spread of m, and its mean is t(mean)
+EXACT_TOKENS = 1024  # beyond, t(m) is as good as straight over the spread of m: its mean is t(mean) of those chosen
 EXACT_SHARES = 64  # different shares that are computed one by one; of more, between so many of them
 
 
@@ -84,6 +86,7 @@ class ExpertRates:
     link: float  # bytes per second to the device, 0 for none
     from_disk: float
     device: Device
+    beside_copies: float = 1.0  # the CPU's time while experts are copied, over its time alone
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +111,7 @@ class ExpertCost:
     link_bytes: float = 0.0
     disk_bytes: float = 0.0
     distinct: float = 0.0
+    path: float = 0.0  # layers one after the other, in each the longer of the CPU's side and the device's
 
     def plus(self, other: "ExpertCost", times: int) -> "ExpertCost":
         """This and `times` another."""
@@ -127,16 +131,16 @@ def group_layers(shares: Array, slots: tuple[int, ...]) -> tuple[Layers, ...]:
 
 
 def expert_cost(
-    rates: ExpertRates, layers: tuple[Layers, ...], tokens: int, budget: tuple[float, float] | None
+    rates: ExpertRates, layers: tuple[Layers, ...], tokens: int, beside: float = 0.0, before: float | None = None
 ) -> ExpertCost:
     """All layers' experts for `tokens` new ids.
 
-    `budget` are the device's seconds of one layer before the experts and beside them; with it, experts may go over
-    the link. Without it none do.
+    `beside` are the device's other seconds of a layer while the CPU's experts run, `before` those until they start;
+    with `before`, experts may go over the link.
     """
     total = ExpertCost()
     for group in layers:
-        total = total.plus(_layer_cost(rates, group, tokens, budget), len(group.members))
+        total = total.plus(_layer_cost(rates, group, tokens, beside, before), len(group.members))
     return total
 
 
@@ -144,46 +148,50 @@ def slot_seconds(rates: ExpertRates, layers: tuple[Layers, ...], n_layers: int, 
     """Seconds saved in VRAM by each layer's n-th hottest expert, (L, E)."""
     values = np.zeros((n_layers, len(layers[0].shares)))
     for group in layers:
-        active = 1 - (1 - group.shares) ** tokens
+        active = chosen(group.shares, tokens)
         saved = _cpu_seconds(rates, group.shares, tokens) - _device_seconds(rates, group.shares, active, tokens)
         values[list(group.members)] = np.maximum(saved, 0)
     return values
 
 
-def _layer_cost(rates: ExpertRates, layer: Layers, tokens: int, budget: tuple[float, float] | None) -> ExpertCost:
-    active = 1 - (1 - layer.shares) ** tokens
+def _layer_cost(rates: ExpertRates, layer: Layers, tokens: int, beside: float, before: float | None) -> ExpertCost:
+    active = chosen(layer.shares, tokens)
     cpu = _cpu_seconds(rates, layer.shares, tokens)
     device = _device_seconds(rates, layer.shares, active, tokens)
     n_vram = layer.slots
-    n_stream = 0 if budget is None else _best_stream(rates, active[n_vram:], cpu[n_vram:], device, n_vram, budget)
+    n_stream = 0
+    if before is not None:
+        n_stream = _best_stream(rates, active[n_vram:], cpu[n_vram:], device, n_vram, before, beside)
     here = n_vram + n_stream
     count = np.array([active[:n_vram].sum(), active[n_vram:here].sum(), active[here:].sum()]) * rates.expert_bytes
     disk_bytes = float((count[1] + count[2]) * rates.from_disk)
+    disk, vram, host = disk_bytes / rates.disk_read, float(device[:here].sum()), float(cpu[here:].sum())
+    if n_stream:  # copies and products read the same RAM: together they take at least what its bandwidth allows
+        host = max(host * rates.beside_copies, float(count[1] + count[2]) / rates.ram_read)
     return ExpertCost(
-        # Copies and products read the same RAM: together they take at least what its bandwidth allows.
-        cpu=max(float(cpu[here:].sum()), float(count[1] + count[2]) / rates.ram_read if n_stream else 0.0),
-        vram=float(device[:here].sum()),
+        cpu=host,
+        vram=vram,
         link=float(count[1]) / rates.link if n_stream else 0.0,
-        disk=disk_bytes / rates.disk_read,
+        disk=disk,
         cpu_bytes=float(count[2]),
         vram_bytes=float(count[0] + count[1]),
         link_bytes=float(count[1]),
         disk_bytes=disk_bytes,
         distinct=float(active.sum()),
+        path=max(host + disk, beside + vram),
     )
 
 
 def _best_stream(
-    rates: ExpertRates, active: Array, cpu: Array, device: Array, n_vram: int, budget: tuple[float, float]
+    rates: ExpertRates, active: Array, cpu: Array, device: Array, n_vram: int, before: float, beside: float
 ) -> int:
     """How many of the hottest experts outside VRAM go over the link: the prefix with the shortest layer.
 
     One scan over experts by falling rows is enough, since copying costs the same for each and computing more for the
     hotter (HybriMoE, DALI): max(link, before + max(CPU, device)).
     """
-    before, beside = budget
     link = np.append(0.0, np.cumsum(active)) * rates.expert_bytes / rates.link
-    on_cpu = cpu.sum() - np.append(0.0, np.cumsum(cpu))
+    on_cpu = (cpu.sum() - np.append(0.0, np.cumsum(cpu))) * rates.beside_copies
     on_device = beside + np.cumsum(np.append(device[:n_vram].sum(), device[n_vram:]))
     return int(np.argmin(np.maximum(link, before + np.maximum(on_cpu, on_device))))
 
@@ -191,7 +199,8 @@ def _best_stream(
 def _cpu_seconds(rates: ExpertRates, shares: Array, tokens: int) -> Array:
     """Expected seconds of each expert on the CPU, (E,)."""
     if tokens > EXACT_TOKENS:
-        return rates.rows.many(shares * tokens)
+        active = np.maximum(chosen(shares, tokens), 1e-12)
+        return active * rates.rows.many(shares * tokens / active)
     kinds, which = np.unique(shares, return_inverse=True)
     if len(kinds) <= EXACT_SHARES:
         return np.asarray(_expected(rates.rows, kinds, tokens)[which])

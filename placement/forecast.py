@@ -25,6 +25,7 @@ class Cache:
 
     on_device: int
     in_ram: int = 0
+    running: int | None = None  # requests that may run at once, as many as there is room for if None
 
     @property
     def tokens(self) -> int:
@@ -60,11 +61,21 @@ def batch_held(goal: Goal, tokens: int) -> int:
     return 0 if tokens < goal.context else min(goal.concurrency, 1 + (tokens - first) // max(each, 1))
 
 
+def batch_run(goal: Goal, cache: Cache) -> int:
+    """Requests of the goal that run at once: those that the pages hold, as far as they may; 1 at the least."""
+    return max(1, min(batch_held(goal, cache.tokens), cache.running or goal.concurrency))
+
+
+def share_in_ram(goal: Goal, cache: Cache, batch: int, context: int) -> float:
+    """Of what `batch` requests read in a step: the cached tokens beyond the device's pages, which fill up first."""
+    beyond = max(0, min(cached_tokens(goal, batch), cache.tokens) - cache.on_device)
+    return min(1.0, beyond / (batch * context))
+
+
 def decode_step(rates: Rates, goal: Goal, cache: Cache, batch: int, context: int | None = None) -> StepCost:
     """A step of `batch` requests at the goal's context. Cached tokens beyond the device's pages cross the link once."""
     context = context or request_tokens(goal)
-    beyond = max(0, min(cached_tokens(goal, batch), cache.tokens) - cache.on_device)
-    share = min(1.0, beyond / (batch * context))
+    share = share_in_ram(goal, cache, batch, context)
     return step_cost(replace(rates, setup=replace(rates.setup, kv_in_ram=share)), Load.decode(batch, context))
 
 
@@ -102,7 +113,7 @@ def makespan(rates: Rates, goal: Goal, cache: Cache, chunk: int) -> float:
     Closed form: the batch stays full until the end (longest remaining first), and contexts count half the answer.
     """
     swarm = swarm_of(goal.concurrency, goal.context)
-    batch = max(1, batch_held(goal, cache.tokens))
+    batch = batch_run(goal, cache)
     context = swarm.shared_tokens + swarm.private_tokens + swarm.answer_tokens // 2
     step = decode_step(rates, goal, cache, batch, max(context, 1)).seconds
     return prefill_seconds(rates, goal, chunk) + swarm.answer_tokens * swarm.agents / batch * step
@@ -112,13 +123,13 @@ def score(rates: Rates, goal: Goal, cache: Cache, chunk: int) -> float:
     """What the planner makes small: a swarm's makespan, else seconds for one token of every request."""
     if goal.kind == "swarm":
         return makespan(rates, goal, cache, chunk)
-    batch = max(1, batch_held(goal, cache.tokens))
+    batch = batch_run(goal, cache)
     return decode_step(rates, goal, cache, batch).seconds * goal.concurrency / batch
 
 
 def predict(rates: Rates, goal: Goal, cache: Cache, chunk: int) -> Prediction:
     """All figures of a plan, batches as far as the goal and the pages go and prompts up to the context."""
-    most = max(1, batch_held(goal, cache.tokens))
+    most = batch_run(goal, cache)
     decode = []
     for batch in sorted({*(size for size in BATCHES if size < most), most}):
         step = decode_step(rates, goal, cache, batch)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from offload.config import Isa
-from placement.document import Bytes, to_plain
+from placement.document import Bytes, Count, Positive, to_plain
 
 HugePages = Literal["always", "madvise", "never", "unknown"]
 
@@ -20,7 +20,7 @@ class Node:
     """One memory node (NUMA) and the physical cores beside it."""
 
     number: int
-    cores: int
+    cores: Count
     ram: Bytes
 
 
@@ -30,7 +30,7 @@ class Cache:
 
     level: int
     size: Bytes  # of one
-    count: int
+    count: Count
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,9 +49,9 @@ class Hardware:
     """One machine. `ram` is what this process may use: the control group's limit where that is smaller."""
 
     cpu: str
-    cores: int  # physical, that this process may use
-    threads_per_core: int
-    cpu_quota: float | None  # CPUs' worth of time that the control group grants
+    cores: Count  # physical, that this process may use
+    threads_per_core: Count
+    cpu_quota: Positive | None  # CPUs' worth of time that the control group grants
     nodes: tuple[Node, ...]
     caches: tuple[Cache, ...]
     tiers: tuple[Isa, ...]  # kernel tiers that may run, best first
@@ -64,7 +64,10 @@ class Hardware:
 
 
 def fingerprint(hardware: Hardware) -> str:
-    """Twelve hex digits of what rates depend on: the same on the same machine whatever its limits are today."""
+    """Twelve hex digits of what rates and plans depend on, with the cores, the CPU time and the kernel tiers that this
+    process gets. Limits of memory are not in it: what fits is settled whenever a model is loaded."""
     ram = round(hardware.ram_installed / 2**30)  # another kernel may keep some more MB for itself
-    what = [hardware.cpu, ram, [to_plain(gpu) for gpu in hardware.gpus], len(hardware.nodes)]
+    gpus = [to_plain(gpu) for gpu in hardware.gpus]
+    allowed = [hardware.cores, hardware.cpu_quota, hardware.tiers]
+    what = [hardware.cpu, ram, gpus, len(hardware.nodes), allowed]
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:12]

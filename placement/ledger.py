@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from hybrid.config import KEY_BLOCK, LOGIT_ROWS, QUERY_BLOCK, ModelConfig, is_router
-from offload.config import ExpertFormat, Isa, Precision
+from offload.config import GROUP, ExpertFormat, Isa, Precision
 from placement.facts import Facts
 from placement.plan import WeightDtype
 
@@ -33,10 +33,11 @@ GROUPS = (
 )
 NARROW_GROUPS = ("attention", "shared experts", "dense MLP")  # what fp8 and int8 make smaller; the rest stays bf16
 ITEM_BYTES: dict[WeightDtype, int] = {"float32": 4, "bfloat16": 2, "fp8": 2, "int8": 2}  # but for the narrow groups
-DEVICE_RESERVE = 0.05  # of the device's memory: its context, libraries, allocator gaps
+DEVICE_RESERVE = 0.05  # of the device's memory: libraries, allocator gaps
 HOST_RESERVE = 512 * 2**20  # interpreter, torch, compiled kernels, the REST process
 CPU_KV_SHARE = 0.5  # of what is left beside weights and experts: the rest of the machine lives there too
 CROWDED_KV_SHARE = 0.1  # likewise, where the mapped experts overflow RAM as it is
+ROUTED = "routed experts"  # how their lines begin, in every memory
 PIECE_TOKENS = 2048  # of a streamed pass, computed at a time inside a layer
 MAX_RUNNING, MAX_BATCH_TOKENS = 64, 512  # where nobody asks for others
 
@@ -80,6 +81,7 @@ class Layout:
     embedding_in_ram: bool = False
     ring_experts: int = 0  # buffers for experts on their way to the device
     kv_in_ram: int = 0  # room for pages in RAM
+    amx: bool = False  # the CPU's tier, which keeps copies of its inputs
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +148,7 @@ def layout_of(model: ModelConfig, facts: Facts, wishes: Wishes) -> Layout:
         kv_bytes=wishes.kv_bytes,
         page_size=wishes.page_size,
         mapped=wishes.packed,
+        amx=wishes.isa == "amx",
     )
 
 
@@ -178,10 +181,11 @@ def room(model: ModelConfig, facts: Facts, layout: Layout) -> tuple[int, int]:
     device = sum(weights.values()) - moved + (sum(layout.slots) + layout.ring_experts) * expert
     device += kv_buffer_bytes(model, layout.kv_in_ram)
     spare = facts.device_free - reserve - workspace_bytes(model, layout) - device
+    buffers = host_buffer_bytes(model, layout)
     if facts.device == "cpu":
-        spare -= experts
+        spare -= experts + buffers
         return spare, spare
-    return spare, facts.ram_free - HOST_RESERVE - experts - moved - layout.kv_in_ram
+    return spare, facts.ram_free - HOST_RESERVE - experts - buffers - moved - layout.kv_in_ram
 
 
 def group_of(name: str) -> str:
@@ -238,6 +242,26 @@ def workspace_bytes(model: ModelConfig, layout: Layout) -> int:
     return activations + waiting + keys + scores + 3 * 4 * LOGIT_ROWS * model.vocab_size
 
 
+def host_buffer_bytes(model: ModelConfig, layout: Layout) -> int:
+    """What the routed experts need in RAM for the tokens of one step, as `offload.experts` allocates it (estimate).
+
+    Input and result of every token in float32, pinned beside a device of its own; the quantised record of every input,
+    and of every pair of a token and an expert: 16-bit values with a scale and a sum for 32 of them, the larger of the
+    two precisions, or float32 for experts in floats. AMX lays every pair's bfloat16 input out in a row as well.
+    """
+    pairs = layout.max_batch_tokens * model.num_experts_per_tok
+    hidden, inner = model.hidden_size, model.moe_intermediate_size
+    record = 2 + 8 / GROUP if layout.expert_format in ("int4", "int8") else 4.0
+    of_pair = record * inner + (2 * (hidden + inner) if layout.amx else 0)
+    return int(layout.max_batch_tokens * (2 * 4 + record) * hidden + pairs * of_pair)
+
+
+def pack_command(wishes: Wishes) -> str:
+    """What makes the packed file of the experts in the format that is wished for."""
+    target = wishes.expert_target
+    return "hybrid pack MODEL" + (f" --expert-format {target}" if target != "native" else "")
+
+
 def sum_line(what: str, used: int, free: int) -> str:
     """A sum of the ledger against what is free."""
     return f"  = {what:<57}{human(used):>11} of {human(free)} free"
@@ -285,7 +309,7 @@ def _entries(model: ModelConfig, facts: Facts, layout: Layout, n_pages: int, in_
         if not (layout.embedding_in_ram and what == "embedding"):
             yield Entry("device", what, n_bytes)
     if slots:
-        yield Entry("device", f"routed experts, {layout.expert_format}: {slots} in VRAM slots", slots * expert)
+        yield Entry("device", f"{ROUTED}, {layout.expert_format}: {slots} in VRAM slots", slots * expert)
     yield Entry("device", f"KV: {n_pages} pages of {layout.page_size} tokens", n_pages * page)
     if layout.kv_in_ram:
         yield Entry("device", "buffers for KV from RAM: two layers", kv_buffer_bytes(model, layout.kv_in_ram))
@@ -296,13 +320,15 @@ def _entries(model: ModelConfig, facts: Facts, layout: Layout, n_pages: int, in_
     reserve = HOST_RESERVE if facts.device == "cpu" else int(DEVICE_RESERVE * facts.device_total)
     yield Entry("device", "reserve", reserve)
     source = "mapped from the packed file" if layout.mapped else "packed"
-    yield Entry("RAM", f"routed experts, {layout.expert_format}, {source}", held)
+    yield Entry("RAM", f"{ROUTED}, {layout.expert_format}, {source}", held)
+    buffers = f"experts' buffers for {layout.max_batch_tokens} tokens (estimate)"
+    yield Entry("RAM", buffers, host_buffer_bytes(model, layout))
     if layout.embedding_in_ram:
         yield Entry("RAM", "embedding", weights["embedding"])
     if in_ram:
         yield Entry("RAM", f"KV: {in_ram} pages of {layout.page_size} tokens", in_ram * page)
     if held < experts:
-        yield Entry("disk", "routed experts that RAM has no room for", experts - held)
+        yield Entry("disk", f"{ROUTED} that RAM has no room for", experts - held)
 
 
 def _kv_room(facts: Facts, spare: int, mapped: int) -> int:
@@ -359,8 +385,7 @@ def _remedy(model: ModelConfig, facts: Facts, wishes: Wishes) -> str:
     if not wishes.packed:
         targets: tuple[ExpertTarget, ...] = ("int8", "int4", "native")
         changes += [(f"--expert-format {target}", replace(wishes, expert_target=target)) for target in targets]
-        chosen = "" if wishes.expert_target == "native" else f" --expert-format {wishes.expert_target}"
-        packed = f"`hybrid pack MODEL{chosen}`, and the experts are read from the disk as they are needed"
+        packed = f"`{pack_command(wishes)}`, and the experts are read from the disk as they are needed"
         changes.append((packed, replace(wishes, packed=True)))
     for flag, changed in changes:
         try:

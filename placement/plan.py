@@ -12,7 +12,7 @@ from typing import Literal
 
 from hybrid.config import ModelConfig
 from offload.config import ExpertFormat, Isa, Precision
-from placement.document import Bytes, DocumentError, Seconds, read_document, write_document
+from placement.document import Bytes, Count, DocumentError, Duration, Seconds, read_document, write_document
 
 DOCUMENT, VERSION = "plan", 1
 
@@ -31,8 +31,8 @@ class Goal:
     """What the plan is for. `context` are tokens of one request, prompt and answer together."""
 
     kind: GoalKind = "latency"
-    context: int = 8192
-    concurrency: int = 1  # requests that generate at once; a swarm's agents
+    context: Count = 8192
+    concurrency: Count = 1  # requests that generate at once; a swarm's agents
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,18 +57,18 @@ class Choice:
 class Point:
     """A predicted figure. `size` is the batch of a decode step, or the tokens of a prompt."""
 
-    size: int
-    seconds: Seconds  # of one decode step, or until the first token
+    size: Count
+    seconds: Duration  # of one decode step, or until the first token
     tokens_per_second: float
     binding: str  # what most of the time goes to
-    measured: Seconds | None = None  # by `hybrid tune`, median
+    measured: Duration | None = None  # by `hybrid tune`, median
 
 
 @dataclass(frozen=True, slots=True)
 class Swarm:
     """Predicted end of a swarm that starts at once, all agents with a shared prompt, a private one and an answer."""
 
-    agents: int
+    agents: Count
     shared_tokens: int
     private_tokens: int
     answer_tokens: int
@@ -94,19 +94,19 @@ class Settings:
     expert_precision: Precision
     experts: Literal["numba", "kt"]
     isa: Isa | None  # None: the best that can run
-    threads: int
+    threads: Count
     slots: tuple[int, ...]  # VRAM expert slots of each MoE layer; empty for none
     experts_leave_ram: bool  # those in VRAM
     experts_mapped: bool  # read from the file of `hybrid pack`, which may exceed RAM
     embedding_in_ram: bool
     ring: Bytes  # buffers for streaming experts to the device, 0 for none
     stream_from_rows: float | None  # an expert with more rows is cheaper over the link than on the CPU
-    page_size: int
-    pages_on_device: int
+    page_size: Count
+    pages_on_device: Count
     pages_in_ram: int
-    max_batch_tokens: int  # the chunk of a prefill
-    max_running: int
-    max_model_len: int
+    max_batch_tokens: Count  # the chunk of a prefill
+    max_running: Count
+    max_model_len: Count
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,10 +173,25 @@ def write_plan(path: Path, plan: Plan) -> None:
     write_document(path, DOCUMENT, VERSION, plan)
 
 
-def check_fresh(path: Path, plan: Plan, model: ModelConfig, machine_fingerprint: str) -> None:
-    """Raises DocumentError where the plan was made for another model or another machine."""
+def check_fresh(
+    path: Path, plan: Plan, model: ModelConfig, machine_fingerprint: str, machine: str = "this machine"
+) -> None:
+    """Raises DocumentError where the plan was made for another model or another machine than `machine`."""
     again = "make a new one with `hybrid plan`"
     if plan.model_fingerprint != model_fingerprint(model):
         raise DocumentError(f"{path}: made for {plan.model}, whose config.json differs from this model's; {again}")
     if plan.machine_fingerprint != machine_fingerprint:
-        raise DocumentError(f"{path}: made for {plan.machine}, which is other hardware than this machine; {again}")
+        raise DocumentError(
+            f"{path}: made for {plan.machine}, which is other hardware than {machine}, or had other cores; {again}"
+        )
+
+
+def check_slots(path: Path, plan: Plan, model: ModelConfig) -> None:
+    """Raises DocumentError where the slots are not those of the model's MoE layers. Nobody else counts them: an engine
+    that cannot have any refuses them all."""
+    slots, layers, experts = plan.settings.slots, len(model.moe_layers), model.n_routed_experts
+    if slots and (len(slots) != layers or max(slots) > experts):
+        raise DocumentError(
+            f"{path}: settings.slots: expected none, or one for each of {layers} MoE layers, of at most {experts} "
+            f"experts; found {len(slots)}, the largest {max(slots)}"
+        )

@@ -13,12 +13,12 @@ from pathlib import Path
 
 from hybrid.config import ModelConfig
 from offload.topology import find_topology
-from placement.arrange import Arrangement, Task
+from placement.arrange import Task
 from placement.cost import Setup, stream_from_rows
 from placement.facts import Facts
-from placement.forecast import batch_held, predict, swarm_of
+from placement.forecast import Cache, batch_held, batch_run, predict, request_tokens, share_in_ram, swarm_of
 from placement.hardware import Hardware, fingerprint
-from placement.ledger import HOST_RESERVE, PlacementError, Wishes
+from placement.ledger import HOST_RESERVE, ROUTED, Placement, PlacementError, Wishes, pack_command
 from placement.plan import Goal, Line, Plan, Settings, model_fingerprint
 from placement.profile import Profile
 from placement.reasons import Decision, choices, notes
@@ -26,6 +26,10 @@ from placement.routing import Routing
 from placement.search import kernel_of, search, task_of
 
 UNUSED = "unused"  # the ledger's last line of each memory: its lines sum up to what is free
+# Of a GPU's memory, gone before a process has allocated anything: its driver's part and the process's context, 0.5 to
+# 1 GB on today's cards. A server asks what is free after that, so a plan made without a look at the GPU must not count
+# on it.
+DEVICE_CONTEXT = 2**30
 RAM_OF_OTHERS = 0.02  # of a machine that is not this one: the system and its services
 SHORTEST_CONTEXT = 256  # tokens; a nearest plan is not sought below
 SAME_BANDWIDTH = 0.98  # of the best read rate, that a number of threads must reach to count as good
@@ -52,21 +56,25 @@ def facts_from(profile: Profile) -> Facts:
     if not hardware.gpus or (profile.device is not None and profile.device.kind == "cpu"):
         return Facts("cpu", "CPU", ram, free, ram, free)
     gpu = hardware.gpus[0]
-    return Facts("cuda", gpu.name, gpu.memory, gpu.memory, ram, free)
+    return Facts("cuda", gpu.name, gpu.memory, max(0, gpu.memory - DEVICE_CONTEXT), ram, free)
 
 
 def setup_of(plan: Plan, profile: Profile) -> Setup:
-    """What `cost.resolve` needs to price steps under a plan. Raises CostError for figures that the profile lacks."""
-    settings = plan.settings
-    sizes = {line.where: line.size for line in plan.ledger if line.what.startswith("routed experts") and line.size}
+    """What `cost.resolve` needs to price steps under a plan. Raises CostError for figures that the profile lacks.
+
+    The KV that crosses the link is that of the goal's batch, as in the plan's own figure for it.
+    """
+    settings, goal = plan.settings, plan.goal
+    sizes = {line.where: line.size for line in plan.ledger if line.what.startswith(ROUTED) and line.size}
     on_disk, outside = sizes.get("disk", 0), sizes.get("disk", 0) + sizes.get("RAM", 0)
-    pages = settings.pages_on_device + settings.pages_in_ram
+    on_device, in_ram = (n * settings.page_size for n in (settings.pages_on_device, settings.pages_in_ram))
+    cache = Cache(on_device, in_ram, settings.max_running)
     return Setup(
         weights=settings.weights,
         kernel=kernel_of(profile, settings.experts, settings.expert_format, settings.expert_precision, settings.isa),
         slots=settings.slots,
         streams=settings.ring > 0,
-        kv_in_ram=settings.pages_in_ram / pages,
+        kv_in_ram=share_in_ram(goal, cache, batch_run(goal, cache), request_tokens(goal)),
         from_disk=on_disk / outside if outside else 0.0,
     )
 
@@ -125,7 +133,7 @@ def _plan(
         profile=profile.source if profile and prediction else "none",
         goal=goal,
         settings=settings,
-        ledger=_lines(facts, found),
+        ledger=ledger_lines(facts, found.placement),
         choices=choices(decision, settings, prediction),
         prediction=prediction,
         notes=(*told, *lacking, *result.notes, *notes(decision, prediction)),
@@ -178,7 +186,7 @@ def _changes(wishes: Wishes) -> list[tuple[str, Wishes]]:
     found: list[tuple[str, Wishes]] = []
     mapped = replace(wishes, packed=True)
     if not wishes.packed:
-        found.append(("experts mapped from the file of `hybrid pack MODEL`", mapped))
+        found.append((f"experts mapped from the file of `{pack_command(wishes)}`", mapped))
     if wishes.kv_bytes is not None:
         found.append(("no --kv-memory", replace(wishes, kv_bytes=None)))
     if wishes.dtype is not None:
@@ -219,7 +227,7 @@ def _settings(decision: Decision) -> Settings:
     task, found = decision.task, decision.found
     layout, placement, wishes = found.layout, found.placement, task.wishes
     held = batch_held(task.goal, found.cache.tokens)
-    crowded = not task.servable and held < task.goal.concurrency
+    crowded = held < task.goal.concurrency and wishes.max_running is None
     return Settings(
         device=task.facts.device,
         weights=layout.weights,
@@ -238,14 +246,13 @@ def _settings(decision: Decision) -> Settings:
         pages_on_device=placement.n_pages,
         pages_in_ram=placement.pages_in_ram,
         max_batch_tokens=layout.max_batch_tokens,
-        max_running=held if crowded and wishes.max_running is None else layout.max_running,
+        max_running=min(held, layout.max_running) if crowded else layout.max_running,
         max_model_len=placement.max_model_len,
     )
 
 
-def _lines(facts: Facts, found: Arrangement) -> tuple[Line, ...]:
+def ledger_lines(facts: Facts, placement: Placement) -> tuple[Line, ...]:
     """The ledger, with what is left at its end: the lines of a memory sum up to what was free."""
-    placement = found.placement
     lines = [Line(entry.where, entry.what, entry.n_bytes) for entry in placement.entries]
     device, ram = placement.n_bytes("device"), placement.n_bytes("RAM")
     if facts.device == "cpu":  # one memory plays both parts

@@ -4,15 +4,21 @@
 and whoever needs one says so by name. Knows no model but the size that kernels were timed at.
 """
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from placement.document import (
+    Count,
     Measured,
     MeasuredByteRate,
     MeasuredFlopRate,
     MeasuredSeconds,
+    Positive,
+    RatesByCount,
+    Rule,
+    SecondsByRows,
     read_document,
     write_document,
 )
@@ -20,13 +26,17 @@ from placement.hardware import Hardware
 
 DOCUMENT, VERSION = "profile", 1
 Source = Literal["measured", "datasheet"]
+KERNEL = re.compile(r"[^/\s]+(/[^/\s]+){3}")
+KernelName = Annotated[
+    str, Rule("backend/tier/format/precision, as numba/avx2/int4/a8", lambda name: bool(KERNEL.fullmatch(name)))
+]
 
 
 @dataclass(frozen=True, slots=True)
 class Memory:
     """Reading RAM with vector loads, bytes per second."""
 
-    read: dict[int, MeasuredByteRate]  # threads over all nodes, to the rate in total
+    read: RatesByCount  # threads over all nodes, to the rate in total
     per_node: tuple[MeasuredByteRate, ...] = ()  # a node's own cores reading its own memory
 
 
@@ -37,10 +47,10 @@ class Kernel:
     `name` is backend/tier/format/precision, as numba/avx2/int4/a8. The experts are read from RAM, not from a cache.
     """
 
-    name: str
-    hidden: int
-    inner: int
-    seconds: dict[int, MeasuredSeconds]
+    name: KernelName
+    hidden: Count
+    inner: Count
+    seconds: SecondsByRows
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +63,7 @@ class Link:
     to_device_pageable: MeasuredByteRate | None = None
     from_device_pageable: MeasuredByteRate | None = None
     to_device_beside_kernels: MeasuredByteRate | None = None  # while the expert kernels run
-    kernels_beside_copies: float | None = None  # the kernels' time while copies run, over their time alone
+    kernels_beside_copies: Positive | None = None  # the kernels' time while copies run, over their time alone
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +71,8 @@ class Gemm:
     """Products of (rows, size) with a (size, size) weight that is not in a cache: seconds by rows."""
 
     dtype: Literal["float32", "bfloat16", "fp8", "int8"]
-    size: int
-    seconds: dict[int, MeasuredSeconds]
+    size: Count
+    seconds: SecondsByRows
 
 
 @dataclass(frozen=True, slots=True)

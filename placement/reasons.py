@@ -3,14 +3,16 @@
 Knows how choices were made and changes none. Called by the planner.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from placement.arrange import Arrangement, Task
 from placement.cost import Load, step_cost
-from placement.forecast import batch_held, cached_tokens, decode_step, human_seconds, request_tokens
+from placement.expert_cost import expert_cost
+from placement.forecast import batch_run, cached_tokens, decode_step, human_seconds, request_tokens
 from placement.hardware import Hardware
-from placement.ledger import HOST_RESERVE, human, page_bytes, weight_bytes
+from placement.ledger import HOST_RESERVE, MAX_RUNNING, human, pack_command, page_bytes, weight_bytes
 from placement.plan import Choice, Prediction, Settings, WeightDtype
 
 
@@ -27,8 +29,8 @@ class Decision:
 
     @property
     def batch(self) -> int:
-        """Requests at once that the pages hold, as far as the goal goes; 1 at the least."""
-        return max(1, batch_held(self.task.goal, self.found.cache.tokens))
+        """Requests of the goal that run at once."""
+        return batch_run(self.task.goal, self.found.cache)
 
     def speed(self, **setup: object) -> float | None:
         """Tokens per second of the goal's batch, perhaps with another setup; None without rates."""
@@ -64,7 +66,9 @@ def notes(decision: Decision, prediction: Prediction | None) -> Iterator[str]:
         yield from _disk_note(decision)  # instead of the ledger's, which knows no speeds
         told = told[1:]
     yield from told
-    if decision.batch < task.goal.concurrency and not task.servable:
+    if found.crowd is not None:
+        yield f"{decision.batch} requests run at once, not {task.goal.concurrency}: the others wait, and all end sooner"
+    elif decision.batch < task.goal.concurrency and task.wishes.max_running is None:
         yield (
             f"the pages hold {decision.batch} requests of {request_tokens(task.goal)} tokens at once, not "
             f"{task.goal.concurrency}: the others wait"
@@ -102,7 +106,7 @@ def _weights(decision: Decision) -> Choice:
     reason = f"as published; fp8 would take {human(saved)} less"
     now, narrow, goal = decision.speed(), decision.narrow, task.goal
     if now and narrow is not None and narrow.rates is not None:
-        batch = max(1, batch_held(goal, narrow.cache.tokens))
+        batch = batch_run(goal, narrow.cache)
         then = batch / decode_step(narrow.rates, goal, narrow.cache, batch).seconds
         reason += f" and decode at batch {batch} with {then:.1f} tok/s instead of {now:.1f}"
         reason += f" at batch {decision.batch}" if batch != decision.batch else ""
@@ -123,7 +127,7 @@ def _experts(decision: Decision, settings: Settings) -> Choice:
     if settings.experts_mapped:
         why = "a packed file lies beside the shards"
         if not task.wishes.packed:
-            why = f"RAM has room for {human(free)}: run `hybrid pack MODEL` first"
+            why = f"RAM has room for {human(free)}: run `{pack_command(task.wishes)}` first"
         return Choice("routed experts", f"{kept}, mapped from the packed file", why)
     if settings.experts_leave_ram:
         gone = human(sum(settings.slots) * task.expert)
@@ -208,9 +212,14 @@ def _requests(decision: Decision, settings: Settings) -> Choice:
     value = f"{settings.max_running} at once, up to {settings.max_model_len} tokens each"
     if decision.task.wishes.max_running is not None:
         return Choice("requests", value, "as asked")
+    crowd, score = decision.found.crowd, decision.found.score
+    if crowd is not None:
+        then = f"{crowd[0]} would take {crowd[1] / score:.2f} times as long in all"
+        return Choice("requests", value, f"{then}, since their KV leaves less room; {goal.concurrency} want to")
     if decision.batch < goal.concurrency:
         return Choice("requests", value, f"as many of {tokens} tokens as the pages hold; {goal.concurrency} want to")
-    return Choice("requests", value, f"the pages hold the goal's {goal.concurrency} of {tokens} tokens")
+    usual = f"{MAX_RUNNING} is the default, for shorter ones; " if settings.max_running > goal.concurrency else ""
+    return Choice("requests", value, f"{usual}the pages hold the goal's {goal.concurrency} of {tokens} tokens")
 
 
 def _nodes(decision: Decision) -> Iterator[Choice]:
@@ -231,9 +240,12 @@ def _bound(decision: Decision, prediction: Prediction | None) -> Iterator[Choice
     what, moved = step.binding, step.moved
     reason = f"{human_seconds(step.parts[what])} of {human_seconds(step.seconds)} of a step of {decision.batch}"
     if what == "CPU experts":
-        share = step.moved["RAM"] / rates.ram_read / step.parts[what]
+        # A decode step streams none: what the CPU runs is what lies outside VRAM.
+        read = expert_cost(rates, decision.found.rates.layers, decision.batch).cpu_bytes
+        share = read / rates.ram_read / step.parts[what]
         what = "RAM bandwidth" if share > 0.7 else "CPU arithmetic"
-        reason += f": {step.distinct:.0f} experts, {human(moved['RAM'])} at {rates.ram_read / 1e9:.0f} GB/s at best"
+        reason += f": {read / rates.expert_bytes:.0f} experts, {human(read)}"
+        reason += f" at {rates.ram_read / 1e9:.0f} GB/s at best" if math.isfinite(rates.ram_read) else ""
     elif what == "link":
         reason += f": {human(moved['link'])}"
     elif what == "disk":

@@ -51,10 +51,10 @@ def _prediction(plan: Plan) -> Iterator[str]:
     yield f"what it will bring (predicted from {plan.profile} rates)"
     for point in found.decode:
         speed = f"{_number(point.tokens_per_second)} tok/s, {human_seconds(point.seconds)} a step"
-        yield f"  decode, batch {point.size:<12}{speed:<42}{point.binding}{_measured(point)}"
+        yield f"  decode, batch {point.size:<12}{speed:<40}  {point.binding}{_measured(point)}"
     for point in found.prefill:
         speed = f"{human_seconds(point.seconds)} to the first token, {_number(point.tokens_per_second)} tok/s"
-        yield f"  prompt of {point.size:<17}{speed:<42}{point.binding}{_measured(point)}"
+        yield f"  prompt of {point.size:<17}{speed:<40}  {point.binding}{_measured(point)}"
     swarm = found.swarm
     if swarm is not None:
         yield (

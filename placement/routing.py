@@ -14,6 +14,7 @@ import numpy.typing as npt
 from hybrid.config import ModelConfig
 
 DOCUMENT = "hybrid routing"
+BEYOND = 2**63  # no count of a record reaches it: they are 64-bit integers
 Shares = npt.NDArray[np.float64]
 
 
@@ -39,9 +40,12 @@ def uniform(model: ModelConfig) -> Routing:
     return Routing(np.full((len(model.moe_layers), model.n_routed_experts), share), None)
 
 
-def distinct(shares: Shares, tokens: int) -> Shares:
-    """Expected distinct experts by layer of so many tokens, (L,): sum of 1 - (1 - q)^tokens, tokens independent."""
-    return np.asarray((1 - (1 - shares) ** tokens).sum(axis=-1))
+def chosen(shares: Shares, tokens: int) -> Shares:
+    """Probability that any of so many tokens chooses each expert, 1 - (1 - q)^tokens: the tokens are independent.
+
+    Its sum over a layer is the expected number of distinct experts.
+    """
+    return np.asarray(1 - (1 - shares) ** tokens)
 
 
 def write_routing(path: Path, layers: tuple[int, ...], counts: npt.NDArray[np.int64], tokens: int) -> None:
@@ -61,12 +65,16 @@ def read_routing(path: Path, model: ModelConfig) -> Routing:
         raise RoutingError(f"{path}: cannot be read: {error.strerror}") from None
     except ValueError as error:
         raise RoutingError(f"{path}: not JSON: {error}") from None
+    except RecursionError:
+        raise RoutingError(f"{path}: not JSON: nested too deeply") from None
     if not isinstance(values, dict) or values.get("document") != DOCUMENT or values.get("version") != 1:
         raise RoutingError(f"{path}: not a routing record of this version; make one with --record-routing")
     tokens, rows = values.get("tokens"), values.get("chosen")
     wanted = [str(layer) for layer in model.moe_layers]
-    if type(tokens) is not int or tokens < 1 or not isinstance(rows, dict) or list(rows) != wanted:
-        raise RoutingError(f"{path}: expected tokens above 0 and layers {wanted[0]} to {wanted[-1]}: another model's?")
+    if type(tokens) is not int or not 0 < tokens < BEYOND or not isinstance(rows, dict) or list(rows) != wanted:
+        raise RoutingError(
+            f"{path}: expected tokens from 1 to 2**63 - 1 and layers {wanted[0]} to {wanted[-1]}: another model's?"
+        )
     counts = np.array([_counts(path, layer, row, model.n_routed_experts) for layer, row in rows.items()]) + 0.5
     shares = counts / counts.sum(axis=1, keepdims=True) * model.num_experts_per_tok
     if shares.max() > 1 + 1e-9:  # which rounding does not reach
@@ -78,6 +86,6 @@ def read_routing(path: Path, model: ModelConfig) -> Routing:
 
 
 def _counts(path: Path, layer: str, row: object, n_experts: int) -> list[int]:
-    if not isinstance(row, list) or len(row) != n_experts or not all(type(n) is int and n >= 0 for n in row):
-        raise RoutingError(f"{path}: chosen.{layer}: expected {n_experts} counts of at least 0: another model's?")
+    if not isinstance(row, list) or len(row) != n_experts or not all(type(n) is int and 0 <= n < BEYOND for n in row):
+        raise RoutingError(f"{path}: chosen.{layer}: expected {n_experts} counts from 0 to 2**63 - 1: another model's?")
     return row

@@ -12,8 +12,8 @@ from placement.arrange import Arrangement, Task, arrange, exact
 from placement.cost import CostError, default_kernel
 from placement.facts import Facts
 from placement.forecast import human_seconds
-from placement.ledger import MAX_RUNNING, Layout, PlacementError, Wishes, layout_of, place
-from placement.plan import Goal, WeightDtype
+from placement.ledger import Layout, PlacementError, Wishes, layout_of, place
+from placement.plan import ENGINE_ABILITIES, Ability, Goal, WeightDtype
 from placement.profile import Profile
 from placement.routing import Routing
 
@@ -71,13 +71,10 @@ def search(task: Task) -> Found:
     """Raises PlacementError: why even the smallest weights do not fit."""
     plain = layout_of(task.model, task.facts, task.wishes)
     if task.servable:
+        _check_weights(plain.weights)
         place(task.model, task.facts, task.wishes)  # says what today's engine lacks, and the remedy
         return Found(task, exact(task, arrange(task, plain)))
-    plain = replace(
-        plain,
-        max_running=task.wishes.max_running or max(MAX_RUNNING, task.goal.concurrency),
-        embedding_in_ram=task.facts.device == "cuda",
-    )
+    plain = replace(plain, embedding_in_ram=task.facts.device == "cuda")
     passed: tuple[tuple[WeightDtype, str], ...] = ()
     for mapped in (True,) if task.wishes.packed else (False, True):
         for weights in _weights(task):
@@ -93,6 +90,13 @@ def search(task: Task) -> Found:
             return replace(found, passed=passed, narrow=narrow)
     weights, why = passed[-1]  # of the smallest weights, with mapped experts: what stands in the way even then
     raise PlacementError(f"{why}, with weights in {weights}")
+
+
+def _check_weights(dtype: WeightDtype) -> None:
+    """Raises PlacementError for weights that this version's engine does not run."""
+    quantised: dict[WeightDtype, Ability] = {"fp8": "fp8 weights", "int8": "int8 weights"}
+    if dtype in quantised and quantised[dtype] not in ENGINE_ABILITIES:
+        raise PlacementError(f"--dtype {dtype}: this version's engine does not run {quantised[dtype]}; take bfloat16")
 
 
 def _attempt(task: Task, layout: Layout) -> Found:

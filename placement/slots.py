@@ -8,8 +8,6 @@ behind a poor one cannot be had alone, and a deal that passes the poor one by mi
 Knows no models and no devices. Called by the planner.
 """
 
-from collections.abc import Sequence
-
 import numpy as np
 import numpy.typing as npt
 
@@ -22,10 +20,8 @@ class SlotMarket:
         # A slot is worth no more than the ones before it in its layer: it cannot be had without them.
         reachable = np.minimum.accumulate(values, axis=1)
         # Equal values: first slots before second ones, so that equal layers get equal shares.
-        by_slot = reachable.T.ravel()
-        order = np.argsort(-by_slot, kind="stable")
+        order = np.argsort(-reachable.T.ravel(), kind="stable")
         self._layers = np.tile(np.arange(self._n_layers), n_slots)[order]
-        self.worth: npt.NDArray[np.float64] = by_slot[order]  # of each further slot, descending
 
     def deal(self, n: int) -> tuple[int, ...]:
         """Slots of each layer, `n` in all (fewer where the experts end); () for none."""
@@ -33,8 +29,3 @@ class SlotMarket:
             return ()
         counts = np.bincount(self._layers[:n], minlength=self._n_layers)
         return tuple(int(count) for count in counts)
-
-
-def worth(values: npt.NDArray[np.float64], slots: Sequence[int]) -> float:
-    """Seconds that a deal saves."""
-    return sum(float(row[:n].sum()) for row, n in zip(values, slots, strict=True))

@@ -29,9 +29,9 @@ from offload.formats import dequantise
 from offload.kernels.amx import MANY_TOKENS
 from offload.repeated import LAYER, Matrices, random_expert, repeated_store
 from offload.topology import Place, Topology, read_text
+from placement.measure_kernels import ACTIVE
 from placement.measure_timing import Effort, take_turns, timed
 
-ACTIVE = 8  # experts of a call
 PROMPT = 64  # tokens
 PAGE_SIZE = 16
 MOST_STEPS = 9  # of one kind
@@ -80,11 +80,11 @@ def time_layers(
     return take_turns({(name, n): layer.call_with(n) for n in rows for name, layer in layers.items()}, effort)
 
 
-def kernel_error(isa: Isa, precision: Precision) -> float:
-    """Relative error of a tier on a small int4 layer, against plain arithmetic on the same weights: the worst of some
+def kernel_error(isa: Isa, precision: Precision, fmt: ExpertFormat) -> float:
+    """Relative error of a tier on a small layer, against plain arithmetic on the same weights: the worst of some
     numbers of rows. Raises ValueError for a tier that cannot run here."""
-    experts = [random_expert("int4", CHECKED, seed) for seed in range(CHECKED.n_experts)]
-    store = repeated_store(CHECKED, "int4", experts)
+    experts = [random_expert(fmt, CHECKED, seed) for seed in range(CHECKED.n_experts)]
+    store = repeated_store(CHECKED, fmt, experts)
     rng = np.random.default_rng(0)
     worst = 0.0
     with closing(Experts(store, PoolConfig(1, precision, isa), Topology((0,), (Place(None, 0),)))) as ours:
@@ -93,17 +93,21 @@ def kernel_error(isa: Isa, precision: Precision) -> float:
             ids = np.array([[row % 2, 2 + row % 2] for row in range(n)])  # each expert gets half of the rows
             weights = rng.random((n, 2), np.float32)
             found = ours.submit(LAYER, *(torch.from_numpy(array) for array in (x, ids, weights))).wait().numpy()
-            expected = plain_layer(experts, x, ids, weights)
+            expected = plain_layer(fmt, experts, x, ids, weights)
             error = float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
             worst = max(worst, error) if math.isfinite(error) else math.inf
     return worst
 
 
 def plain_layer(
-    experts: list[Matrices], x: npt.NDArray[np.float32], ids: npt.NDArray[np.int64], weights: npt.NDArray[np.float32]
+    fmt: ExpertFormat,
+    experts: list[Matrices],
+    x: npt.NDArray[np.float32],
+    ids: npt.NDArray[np.int64],
+    weights: npt.NDArray[np.float32],
 ) -> npt.NDArray[np.float64]:
     """y (T, D) = sum_k weights_k * down(silu(gate x) * up x), in float64 NumPy."""
-    dense = [{name: dequantise("int4", *expert[name]).astype(np.float64) for name in PROJECTIONS} for expert in experts]
+    dense = [{name: dequantise(fmt, *expert[name]).astype(np.float64) for name in PROJECTIONS} for expert in experts]
     y = np.zeros(x.shape)
     for row, (chosen, shares) in enumerate(zip(ids, weights, strict=True)):
         for expert, share in zip(chosen, shares, strict=True):

@@ -26,8 +26,8 @@ from offload.kt import Published, installed, refusal
 from offload.pool import PoolError
 from offload.sources import Target
 from offload.topology import find_topology
-from placement.cost import prompt_seconds, resolve
-from placement.forecast import human_seconds
+from placement.cost import CostError, Load, resolve, step_cost
+from placement.forecast import first_token, human_seconds
 from placement.plan import Choice, Plan, Point, Settings, Trial
 from placement.planner import setup_of
 from placement.profile import Profile
@@ -111,7 +111,9 @@ def tune(
         if not _tried(plan, "threads") and plan.settings.experts == "numba":
             plan = _try_threads(engine, steps, plan, run)
         if not _tried(plan, "chunk"):
-            plan = _try_chunks(steps, plan, run, lambda changed: _predicted_again(changed, model, profile))
+            before = plan.settings.max_batch_tokens
+            plan = _try_chunks(steps, plan, run)
+            plan = _predicted_again(plan, before, model, profile, run)
         return _measure_points(steps, plan, run)
 
 
@@ -232,12 +234,12 @@ def _try_threads(engine: Engine, steps: TrialSteps, plan: Plan, run: Run) -> Pla
     return plan
 
 
-def _try_chunks(steps: TrialSteps, plan: Plan, run: Run, predicted: Callable[[Plan], Plan]) -> Plan:
+def _try_chunks(steps: TrialSteps, plan: Plan, run: Run) -> Plan:
     """Halves of the plan's chunk: smaller ones let decoding requests wait less. Larger ones need more memory than the
     ledger has counted."""
     own = plan.settings.max_batch_tokens
     longest = min(plan.goal.context, plan.settings.max_model_len)
-    sizes = [size for size in (own, own // 2, own // 4) if SMALLEST_CHUNK <= size <= longest] or [own]
+    sizes = [own, *(size for size in (own // 2, own // 4) if SMALLEST_CHUNK <= size <= longest)]
     prompt = min(longest, max(PROMPT, own))
 
     def call_with(size: int) -> Call:
@@ -246,12 +248,12 @@ def _try_chunks(steps: TrialSteps, plan: Plan, run: Run, predicted: Callable[[Pl
     rounds = run.compare("step sizes", {size: call_with(size) for size in sizes})
     if not rounds:
         return plan
-    _, ratios = best(rounds, sizes[0])
+    _, ratios = best(rounds, own)
     kept = min(size for size in sizes if ratios[size] <= 1 + MARGIN)
     plan = _with_trials(plan, "chunk", rounds, ratios, kept)
-    others = ", ".join(f"{size} take {ratio:.2f} of the time" for size, ratio in ratios.items() if size != sizes[0])
+    others = ", ".join(f"{size} take {ratio:.2f} of the time" for size, ratio in ratios.items() if size != own)
     choice = Choice("step", f"at most {kept} tokens", f"tuned with a prompt of {prompt}: {others or 'no other'}")
-    plan = predicted(_keep(plan, choice, max_batch_tokens=kept))
+    plan = _keep(plan, choice, max_batch_tokens=kept)
     run.save(plan)
     return plan
 
@@ -302,16 +304,31 @@ def _with_measured(point: Point, seconds: float | None) -> Point:
     return point if seconds is None else replace(point, measured=seconds)
 
 
-def _predicted_again(plan: Plan, model: ModelConfig, profile: Profile) -> Plan:
-    """Prompts under the chunk that was kept. The other figures do not depend on it."""
-    if plan.prediction is None:
+def _predicted_again(plan: Plan, before: int, model: ModelConfig, profile: Profile, run: Run) -> Plan:
+    """Prompts under the chunk that was kept, `before` being the plan's own. The other figures do not depend on it.
+
+    The plan may have been made from a record of routing, which is not here. So its figures are kept, and changed by
+    what the chunk changes where all experts are chosen alike.
+    """
+    chunk, prediction = plan.settings.max_batch_tokens, plan.prediction
+    if prediction is None or chunk == before:
         return plan
-    rates = resolve(model, profile, setup_of(plan, profile), uniform(model))
-    points = []
-    for point in plan.prediction.prefill:
-        seconds = prompt_seconds(rates, point.size, plan.settings.max_batch_tokens)
-        points.append(replace(point, seconds=seconds, tokens_per_second=point.size / seconds))
-    return replace(plan, prediction=replace(plan.prediction, prefill=tuple(points)))
+    try:
+        rates = resolve(model, profile, setup_of(plan, profile), uniform(model))
+    except CostError as error:
+        line = f"prompts were predicted for steps of {before} tokens, and not again for {chunk}: {error}"
+        run.tell(line)
+        plan = replace(plan, notes=(*plan.notes, line))
+    else:
+        points = []
+        for point in prediction.prefill:
+            ratio = first_token(rates, point.size, chunk) / first_token(rates, point.size, before)
+            binding = step_cost(rates, Load.prompt(min(point.size, chunk))).binding
+            speed = point.tokens_per_second / ratio
+            points.append(Point(point.size, point.seconds * ratio, speed, binding))
+        plan = replace(plan, prediction=replace(prediction, prefill=tuple(points)))
+    run.save(plan)
+    return plan
 
 
 def _hold(steps: TrialSteps, plan: Plan, context: int, rows: int) -> None:

@@ -8,6 +8,7 @@ import logging
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,11 +17,13 @@ from offload.checkpoint import Checkpoint
 from offload.config import PoolConfig
 from offload.sources import packed_path
 from offload.topology import find_topology
+from placement import report
 from placement.cost import CostError
 from placement.facts import Facts, read_facts
-from placement.ledger import Placement, PlacementError, Wishes, fit, layout_of, place
-from placement.plan import Goal, Plan
-from placement.planner import make_plan
+from placement.hardware import Hardware
+from placement.ledger import Placement, PlacementError, Wishes, fit, human, layout_of, page_bytes, place, room
+from placement.plan import Choice, Goal, Plan
+from placement.planner import ledger_lines, make_plan
 from placement.probe import find_hardware
 from placement.routing import uniform, write_routing
 from server.account import Predict, predictor
@@ -35,6 +38,13 @@ if TYPE_CHECKING:
     from hybrid.engine import Engine
 
 logger = logging.getLogger(__name__)
+
+LAW = "every expert equally likely"  # as `account.py` predicts, whatever routing the plan was made with
+DEFAULTS = {  # the plan's choices that a server settles itself: the setting, and why it is what it is
+    "step": ("max_batch_tokens", "the server's default"),
+    "requests": ("max_running", "the server's default"),
+    "threads": ("threads", "one for each physical core, up to the CPU quota"),
+}
 
 
 def build_engine(settings: ServerSettings, progress: OnProgress, notice: OnNotice) -> Built:
@@ -55,23 +65,12 @@ def build_engine(settings: ServerSettings, progress: OnProgress, notice: OnNotic
     progress("placing the model", 0, 0)
     model = ModelConfig.from_directory(settings.model)
     rates = load_rates(settings, _default_profile(), hardware)
-    plan = load_plan(settings.plan, model, hardware) if settings.plan else None
-    if plan is not None:
-        settings = with_plan(settings, plan, model)
-    facts = read_facts(settings.device)
-    wishes = _wishes(settings, _maps_packed_file(settings, model))
-    if plan is None:
-        placement = place(model, facts, wishes)
-        goal = Goal("throughput", _context(settings, model), settings.max_running)
-        plan = make_plan(
-            model, facts, rates.profile, goal, wishes, uniform(model), True, hardware=hardware, name=settings.name
-        )
-    else:
-        placement = _still_fits(plan, model, facts, wishes, settings.plan)
-    notice(placement.table())
-    predict, words = _predictor(model, rates, plan)
-    notice(_predictions(plan, words) if predict else f"no predictions: {words}")
+    facts, settings, plan = _settle(settings, model, hardware, rates)
+    notice(report.table(plan))
     engine = Engine(_engine_config(settings, plan), progress=progress, notice=notice)
+    plan = _as_loaded(plan, engine)
+    predict, words = _predictor(model, rates, plan)
+    notice(f"steps are predicted with the profile {words}, {LAW}" if predict else f"no predictions: {words}")
     chosen = plan.settings
     sizes = SchedulerConfig(
         n_pages=chosen.pages_on_device,
@@ -92,6 +91,43 @@ def build_engine(settings: ServerSettings, progress: OnProgress, notice: OnNotic
     )
 
 
+def _settle(
+    settings: ServerSettings, model: ModelConfig, hardware: Hardware, rates: Rates
+) -> tuple[Facts, ServerSettings, Plan]:
+    """What is free, the settings, and the plan: the one in the file with what is free now, or one made here."""
+    plan = load_plan(settings.plan, model, hardware) if settings.plan else None
+    if plan is not None:
+        settings = with_plan(settings, plan, model)
+    facts = read_facts(settings.device)
+    wishes = _wishes(settings, _maps_packed_file(settings, model))
+    if plan is not None:
+        placement = _still_fits(plan, model, facts, wishes, settings.plan)
+        notes = tuple(dict.fromkeys((*plan.notes, *placement.notes)))
+        return facts, settings, replace(plan, ledger=ledger_lines(facts, placement), notes=notes)
+    placement = place(model, facts, wishes)
+    goal = Goal("throughput", min(_context(settings, model), placement.max_model_len), settings.max_running)
+    plan = make_plan(
+        model, facts, rates.profile, goal, wishes, uniform(model), True, hardware=hardware, name=settings.name
+    )
+    return facts, settings, replace(plan, choices=tuple(_asked(choice, settings) for choice in plan.choices))
+
+
+def _asked(choice: Choice, settings: ServerSettings) -> Choice:
+    """The planner hears a server's defaults as wishes, since they hold whatever a profile finds better."""
+    if choice.reason != "as asked" or choice.what not in DEFAULTS:
+        return choice
+    field, reason = DEFAULTS[choice.what]
+    by_default = getattr(settings, field) == getattr(ServerSettings(settings.model), field)
+    return replace(choice, reason=reason) if by_default else choice
+
+
+def _as_loaded(plan: Plan, engine: "Engine") -> Plan:
+    """The plan with who runs the experts after the trial of --experts auto."""
+    backend = engine.config.experts
+    assert backend != "auto", "an engine knows who runs its experts"
+    return replace(plan, settings=replace(plan.settings, experts=backend))
+
+
 def _engine_config(settings: ServerSettings, plan: Plan) -> EngineConfig:
     chosen = plan.settings
     return EngineConfig(
@@ -110,10 +146,16 @@ def _still_fits(plan: Plan, model: ModelConfig, facts: Facts, wishes: Wishes, pa
     """The ledger of a plan that was made before, with what is free now. Raises PlacementError."""
     if plan.settings.experts_mapped and not wishes.packed:
         raise PlacementError(f"{path}: the plan maps the experts from a packed file: run `hybrid pack MODEL` first")
+    layout, again = layout_of(model, facts, wishes), "free memory, or make a new plan with `hybrid plan`"
+    needed, (spare, _) = plan.settings.pages_on_device * page_bytes(model, layout), room(model, facts, layout)
+    if 0 <= spare < needed:
+        raise PlacementError(
+            f"{path}: the plan does not fit now: its {plan.settings.pages_on_device} pages need {human(needed)} and "
+            f"{human(spare)} are left; {again}"
+        )
     try:
-        placement = fit(model, facts, layout_of(model, facts, wishes))
+        placement = fit(model, facts, layout)
     except PlacementError as error:
-        again = "free memory, or make a new plan with `hybrid plan`"
         raise PlacementError(f"{path}: the plan does not fit now: {error}; {again}") from None
     assert placement.n_pages == plan.settings.pages_on_device, "the pages are the plan's"
     return placement
@@ -132,19 +174,6 @@ def _predictor(model: ModelConfig, rates: Rates, plan: Plan) -> tuple[Predict | 
         return predictor(model, rates.profile, plan), rates.words
     except CostError as error:
         return None, str(error)
-
-
-def _predictions(plan: Plan, profile: str) -> str:
-    """A few lines for the log."""
-    if plan.prediction is None:
-        return f"steps are predicted with the profile {profile}; the plan was made without one"
-    decode = ", ".join(f"{point.size}: {point.tokens_per_second:.3g}" for point in plan.prediction.decode)
-    prefill = ", ".join(f"{point.size}: {point.seconds:.3g} s" for point in plan.prediction.prefill)
-    return (
-        f"predicted with the profile {profile}\n"
-        f"  tokens per second by requests at once, {plan.goal.context} tokens each: {decode}\n"
-        f"  first token by tokens of the prompt: {prefill}"
-    )
 
 
 def _default_profile() -> Path | None:

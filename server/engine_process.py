@@ -45,7 +45,8 @@ OnNotice = Callable[[str], None]
 Inbox = queue.SimpleQueue[ToEngine]
 
 PROGRESS_SECONDS = 0.1  # least time between two messages of the same loading stage
-TALLY_SECONDS = 1.0  # likewise of predicted against achieved, while the engine is busy
+# While the engine is busy; nothing is kept back when it falls idle.
+TALLY_SECONDS = 1.0  # least time between two messages of predicted against achieved
 RECORD_SECONDS = 60.0  # least time between two writings of the routing record
 
 
@@ -94,9 +95,17 @@ def _load_and_run(connection: Connection, settings: ServerSettings, build_path: 
         connection.send(Failed(_one_line(error)))
         return 1
     finally:
-        built.record()
+        _record(built)
     built.close()
     return 0
+
+
+def _record(built: Built) -> None:
+    """Write the routing record. What goes wrong is logged: no record is worth an engine, or its orderly end."""
+    try:
+        built.record()
+    except Exception:
+        logger.exception("the routing record could not be written")
 
 
 def _receive(connection: Connection, inbox: Inbox) -> None:
@@ -167,7 +176,7 @@ def run(inbox: Inbox, send: Callable[[FromEngine], None], built: Built) -> None:
     scheduler, books = Scheduler(built.scheduler), _Books(built, send)
     told = EngineStats()
     progress: list[Progress] = []
-    while _drain(inbox, scheduler, progress):
+    while _drain(inbox, scheduler, progress, books):
         batch = scheduler.next()
         if batch is not None:
             out = built.step(batch)
@@ -178,7 +187,7 @@ def run(inbox: Inbox, send: Callable[[FromEngine], None], built: Built) -> None:
             progress.clear()
             told = stats
         if batch is not None:
-            books.add(batch, out.seconds, idle=scheduler.idle)
+            books.add(batch, out.seconds)
 
 
 class _Books:
@@ -186,29 +195,46 @@ class _Books:
 
     def __init__(self, built: Built, send: Callable[[FromEngine], None]) -> None:
         self._account = Account(built.predict)
-        self._record = built.record
+        self._built = built
         self._send = send
-        self._told = 0.0
-        self._recorded = time.monotonic()
+        self._told, self._written = 0.0, time.monotonic()
+        self._untold = self._unwritten = False  # steps that only the books here know
 
-    def add(self, batch: Batch, seconds: float, *, idle: bool) -> None:
+    def add(self, batch: Batch, seconds: float) -> None:
         """Enter a step whose tokens are on their way."""
         self._account.add(batch, seconds)
+        self._untold = self._unwritten = True
         now = time.monotonic()
-        if idle or now - self._told >= TALLY_SECONDS:
-            self._told = now
-            self._send(Tallies(self._account.tallies()))
-        if now - self._recorded >= RECORD_SECONDS:
-            self._recorded = now
-            self._record()
+        if now - self._told >= TALLY_SECONDS:
+            self._tell(now)
+        if now - self._written >= RECORD_SECONDS:
+            self._write(now)
+
+    def flush(self) -> None:
+        """Give out what was kept back: no step may follow for hours."""
+        now = time.monotonic()
+        if self._untold:
+            self._tell(now)
+        if self._unwritten:
+            self._write(now)
+
+    def _tell(self, now: float) -> None:
+        self._told, self._untold = now, False
+        self._send(Tallies(self._account.tallies()))
+
+    def _write(self, now: float) -> None:
+        self._written, self._unwritten = now, False
+        _record(self._built)
 
 
-def _drain(inbox: Inbox, scheduler: Scheduler, progress: list[Progress]) -> bool:
+def _drain(inbox: Inbox, scheduler: Scheduler, progress: list[Progress], books: _Books) -> bool:
     """Hand every waiting message to the scheduler, and sleep for one while there is nothing to run or to tell.
 
     False when the parent said Shutdown.
     """
     while not inbox.empty() or (scheduler.idle and not progress):
+        if inbox.empty():
+            books.flush()
         match inbox.get():
             case Submit(request):
                 said = scheduler.add(request)

@@ -3,6 +3,7 @@
 For operators, behind the same guards as the model itself. Says nothing about keys, paths or requests.
 """
 
+from dataclasses import replace
 from importlib import metadata
 
 from aiohttp import web
@@ -12,20 +13,23 @@ from server.chat import Json
 from server.keys import SERVING
 from server.request import Tally
 
+ROUTING = "uniform law"  # of the predictions beside what was achieved, whatever the plan's own figures were made with
+
 
 async def server_info(request: web.Request) -> web.Response:
-    """What is not known before the model is loaded is null."""
+    """What is not known before the model is loaded is null. The plan names the model as clients do."""
     serving = request.app[SERVING]
-    bridge = serving.service.bridge
+    service, bridge = serving.service, serving.service.bridge
     ready = bridge.ready
     body: Json = {
         "version": _version(),
         "model": serving.name,
-        "status": bridge.phase,
+        "status": "draining" if service.draining else bridge.phase,
         "device": ready and ready.device,
         "max_model_len": ready and ready.max_model_len,
-        "plan": to_plain(ready.plan) if ready and ready.plan else None,
+        "plan": to_plain(replace(ready.plan, model=serving.name)) if ready and ready.plan else None,
         "profile": ready and ready.profile,
+        "routing": ROUTING,
         "predicted_against_achieved": [_line(tally) for tally in bridge.tallies],
     }
     return web.json_response(body)

@@ -24,8 +24,8 @@ LAST_PORT = 65535
 EXPECTED: dict[Kind, str] = {
     "text": "text",
     "texts": "text that is not empty, or a list of such texts",
-    "path": "a path",
-    "file": "a path",
+    "path": "a path (after ~, of a user with a home directory)",
+    "file": "a path (after ~, of a user with a home directory)",
     "integer": "a whole number above 0",
     "bytes": "a size such as 8GiB, 500MB or a number of bytes",
     "number": "a number",
@@ -85,7 +85,7 @@ class Option:
             case "texts":
                 return _filled(text.split(","))
             case "path" | "file":
-                return Path(text).expanduser()
+                return _path(text)
             case "switch":
                 return SWITCH[text.lower()] if text.lower() in SWITCH else _refuse()
             case "integer":
@@ -200,6 +200,13 @@ def _option(field: "dataclasses.Field[Any]", hint: Any) -> Option:
         kind = kinds.get(hint, "texts")
     default = None if field.default is dataclasses.MISSING else field.default
     return Option(field.name, kind, field.metadata["help"], default, choices)
+
+
+def _path(text: str) -> Path:
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:  # ~NAME of nobody, or ~ of a user without a home
+        raise ValueError from None
 
 
 def _size(text: str) -> int:

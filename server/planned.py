@@ -23,7 +23,6 @@ from server.settings import ExpertTarget, ServerSettings
 
 logger = logging.getLogger(__name__)
 
-COUNTS = ("threads", "page_size", "pages_on_device", "max_batch_tokens", "max_running", "max_model_len")
 QUANTISED: dict[ExpertFormat, ExpertTarget] = {"int8": "int8", "int4": "int4"}
 
 
@@ -59,9 +58,6 @@ def load_plan(path: Path, model: ModelConfig, hardware: Hardware) -> Plan:
             f"{path}: the plan needs {', '.join(plan.lacking)}, which this version does not run; make one with "
             "`hybrid plan --servable`"
         )
-    for name in COUNTS:
-        if getattr(plan.settings, name) < 1:
-            raise DocumentError(f"{path}: settings.{name}: expected a whole number above 0; make a new plan")
     if plan.settings.max_model_len > model.max_position_embeddings:
         raise DocumentError(
             f"{path}: settings.max_model_len: the model allows at most {model.max_position_embeddings} tokens"
@@ -92,8 +88,13 @@ def load_rates(settings: ServerSettings, default: Path | None, hardware: Hardwar
     if fingerprint(profile.hardware) == fingerprint(hardware):
         return Rates(profile, profile.name)
     if settings.profile is not None:
-        raise DocumentError(f"--profile {path}: made on other hardware than this machine's; run `hybrid measure` here")
-    return Rates(None, f"the profile {profile.name} is of other hardware than this machine's: run `hybrid measure`")
+        raise DocumentError(
+            f"--profile {path}: made on other hardware than this machine's, or other cores; run `hybrid measure` here"
+        )
+    return Rates(
+        None,
+        f"the profile {profile.name} is of other hardware than this machine's: run `hybrid measure`",
+    )
 
 
 def with_plan(settings: ServerSettings, plan: Plan, model: ModelConfig) -> ServerSettings:

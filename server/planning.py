@@ -26,7 +26,7 @@ from placement.document import DocumentError, to_plain
 from placement.hardware import fingerprint
 from placement.inventory import Inventory, take_inventory
 from placement.ledger import Wishes
-from placement.plan import Goal, GoalKind, Plan, check_fresh, read_plan, write_plan
+from placement.plan import Goal, GoalKind, Plan, check_fresh, check_slots, read_plan, write_plan
 from placement.probe import find_hardware, machine_name
 from placement.profile import Profile, read_profile, write_profile
 from placement.routing import Routing, read_routing, uniform
@@ -56,8 +56,10 @@ def run(given: argparse.Namespace, environ: Environ) -> int:
     except ValueError as error:  # of a document, the model, the placement, a rate, a record, a workload
         _tell(f"hybrid: {error}")
         return CONFIGURATION
+    except BrokenPipeError:  # nobody reads what is printed: `__main__.py` ends it
+        raise
     except OSError as error:
-        _tell(f"hybrid: {error.filename}: {error.strerror}")
+        _tell(f"hybrid: {error.filename}: {error.strerror}" if error.filename else f"hybrid: {error}")
         return FAILURE
 
 
@@ -76,7 +78,10 @@ def _measure(given: argparse.Namespace, environ: Environ) -> int:
     if out.exists() and not given.again:
         previous = read_profile(out)
         if fingerprint(previous.hardware) != fingerprint(hardware):
-            raise DocumentError(f"{out}: of other hardware than this machine; give --again to replace it, or --out")
+            if given.out is not None:
+                raise DocumentError(f"{out}: of other hardware than this machine, or other cores; --again replaces it")
+            _tell(f"{out}: of other hardware than this machine, or other cores: measured anew")
+            previous = None
     with _bar() as show:
         profile = measure(
             hardware,
@@ -145,7 +150,13 @@ def _tune(given: argparse.Namespace, environ: Environ) -> int:
 
     model = _model(given.model)
     plan, profile = read_plan(given.plan), _profile(given.profile, environ)
-    check_fresh(given.plan, plan, model, fingerprint(find_hardware()))
+    here = fingerprint(find_hardware())
+    check_fresh(given.plan, plan, model, here)
+    if fingerprint(profile.hardware) != here:
+        raise DocumentError(
+            f"--profile {given.profile}: made on other hardware than this machine's, or with other cores; "
+            "leave it out, or run `hybrid measure`"
+        )
     with _bar() as show:
         tuned = tune(given.model, plan, profile, given.seconds, lambda plan: write_plan(given.plan, plan), show, _tell)
     write_plan(given.plan, tuned)
@@ -165,7 +176,12 @@ def _doctor(given: argparse.Namespace, environ: Environ) -> int:
 def _simulate(given: argparse.Namespace, environ: Environ) -> int:
     model = _model(given.model)
     routing, profile = _routing(given, model), _profile(given.profile, environ)
-    plan = read_plan(given.plan) if given.plan else _make_plan(given, environ, model)
+    if given.plan:
+        plan = read_plan(given.plan)
+        check_fresh(given.plan, plan, model, fingerprint(profile.hardware), f"the profile {profile.name}")
+        check_slots(given.plan, plan, model)
+    else:
+        plan = _make_plan(given, environ, model)
     work = workload.read_trace(given.trace) if given.trace else _swarm(given)
     rates = resolve(model, profile, planner.setup_of(plan, profile), routing)
     settings = plan.settings
@@ -223,7 +239,7 @@ def _profile(named: str | None, environ: Environ) -> Profile:
         profile = read_profile(path)
         if fingerprint(profile.hardware) == fingerprint(hardware):
             return profile
-        _tell(f"{path}: of other hardware than this machine; run `hybrid measure --again`")
+        _tell(f"{path}: of other hardware than this machine, or other cores; run `hybrid measure`")
     return Profile(machine_name(hardware), "measured", date.today().isoformat(), hardware)
 
 
@@ -241,7 +257,8 @@ def _bar() -> Iterator[Show]:
 
 
 def _print(value: str | dict[str, Any]) -> None:
-    print(value if isinstance(value, str) else json.dumps(value))
+    # At once, so that a reader who has gone is noticed here and not while Python ends.
+    print(value if isinstance(value, str) else json.dumps(value), flush=True)
 
 
 def _tell(text: str) -> None:

@@ -216,13 +216,13 @@ class _Run:
     def _ask(self, arrived: float, i: int, turn: int) -> None:
         agent, request_id = self.agents[i], self.n_asked
         self.n_asked += 1
-        prompt, output = agent.prompt(turn), agent.turns[turn].output
-        reason = self._too_long(len(prompt), output)
+        length, output = agent.prompt_tokens(turn), agent.turns[turn].output
+        reason = self._too_long(length, output)
         if reason is None:
-            refusal = self.scheduler.add(Request(request_id, prompt, output, GREEDY))
+            refusal = self.scheduler.add(Request(request_id, agent.prompt(turn), output, GREEDY))
             reason = refusal.error if refusal is not None else None
         if reason is None:
-            self.live[request_id] = _Live(i, turn, arrived, len(prompt))
+            self.live[request_id] = _Live(i, turn, arrived, length)
         else:
             self.refused.append(Refused(i, turn, reason, len(agent.turns) - turn))
 

@@ -128,12 +128,17 @@ def swarm(
     """`agents` that start at once: one prompt for all, then each its own; answers, tool results and waits are drawn.
 
     Lengths are tokens, `tool_wait` seconds, `turns` requests of an agent. An agent is a function of the seed and its
-    number, so a larger swarm begins with the same agents. Raises WorkloadError where there is nobody to ask.
+    number, so a larger swarm begins with the same agents. Raises WorkloadError where there is nobody or nothing to ask.
     """
     if agents < 1 or not 0 <= shared_tokens <= MOST_TOKENS:
         raise WorkloadError(
             f"{agents} agents and {shared_tokens} shared tokens: a swarm has 1 agent or more, and 0 tokens or more"
         )
+    needed = {"--output": output, "--turns": turns} | ({} if shared_tokens else {"--private": private})
+    for flag, drawn in needed.items():
+        if drawn.first < 1:
+            why = " where nothing is shared" if flag == "--private" else ""
+            raise WorkloadError(f"{flag}: expected 1 or more{why}, found {drawn.first:g}")
 
     def agent(i: int) -> Agent:
         random, own_id = Random(f"{seed} {i}"), -1 - i

@@ -148,9 +148,10 @@ def main() -> int:
             if not given.profile:
                 others.wait(given.wait)
                 profiles.append(measured())
-            for cell, subject in ((cell, subject) for subject in subjects for cell in subject.cells):
-                others.wait(given.wait)
-                cell.visits.append(visit(subject.steps, cell, ceiling, others))
+            for subject in subjects:
+                for cell in subject.cells:
+                    others.wait(given.wait)
+                    cell.visits.append(visit(subject.steps, cell, ceiling, others))
         for profile in profiles:
             for subject in subjects:
                 predict(subject, profile)

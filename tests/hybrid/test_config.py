@@ -222,7 +222,13 @@ def test_missing_text_config() -> None:
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "no such file"), (b"{", "not valid JSON"), (b"[]", "JSON object"), (b"\xff", "not valid")],
+    [
+        (None, "no such file"),
+        (b"{", "not valid JSON"),
+        (b"[]", "JSON object"),
+        (b"\xff", "not valid"),
+        (b"[" * 100_000, "nested too deeply"),
+    ],
 )
 def test_unreadable_files(tmp_path: Path, content: bytes | None, message: str) -> None:
     if content is not None:

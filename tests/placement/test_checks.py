@@ -82,8 +82,9 @@ def test_amx() -> None:
     ("error", "wrong"), [(0.013, False), (checks.TOLERANCE, False), (0.07, True), (math.nan, True)]
 )
 def test_wrong_kernels_are_broken(error: float, wrong: bool) -> None:
-    found = list(checks.kernels({"avx2": error, "portable": 0.01}))
+    found = list(checks.kernels({("avx2", "fp8"): error, ("portable", "fp8"): 0.01}))
     assert [(f.severity, f.what) for f in found] == [("broken", "the avx2 kernels give wrong answers")] * wrong
+    assert all("a small fp8 layer" in f.why for f in found)
 
 
 @pytest.mark.parametrize(
@@ -118,6 +119,8 @@ def test_huge_pages() -> None:
     [few] = checks.huge_pages("madvise", 0.25)
     assert few.severity == "slow" and "25%" in few.what
     assert few.gain is not None and 1 < few.gain < checks.HUGE_PAGES_GAIN
+    [most] = checks.huge_pages("madvise", 0.7)  # what that costs is within the noise
+    assert most.severity == "note" and most.gain is not None and most.gain < checks.WORTH
     for setting in ("always", "madvise", "unknown"):
         assert list(checks.huge_pages(setting, 0.97)) == []
         assert list(checks.huge_pages(setting, None)) == []

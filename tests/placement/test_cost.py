@@ -74,6 +74,12 @@ BOXES = {
 }
 
 
+def one_memory(profile: Profile) -> Profile:
+    """The same rates with the CPU in the device's place."""
+    assert profile.device is not None
+    return replace(profile, device=replace(profile.device, kind="cpu"), link=None)
+
+
 def rates(box: str, **setup: object) -> Rates:
     profile, weights = BOXES[box]
     return resolve(K25, profile, Setup(weights, KERNEL, **{"overlaps": False, **setup}), uniform(K25))  # type: ignore[arg-type]
@@ -103,12 +109,13 @@ def test_the_two_parts_of_a_token(box: str, device: float, host: float) -> None:
 @pytest.mark.parametrize(("box", "expected"), [("a", 46), ("b", 84), ("c", 88)])
 def test_a_hundred_rows_with_and_without_their_spread(box: str, expected: float) -> None:
     # The reference gives every expert the mean of its rows. Beyond the CPU's ridge the hot ones cost more than the
-    # cold ones save, so the mean flatters; with it, its figure comes out.
+    # cold ones save, so the mean flatters; with it, and without the copies of hidden states that it leaves out, its
+    # figure comes out.
     which = rates(box)
     distinct = 384 * (1 - (1 - 8 / 384) ** 100)
     at_mean = 60 * distinct * which.experts.rows.seconds(100 * 8 / distinct)
     parts = step_cost(which, Load.decode(100, 8192)).parts
-    flattered = 100 / (sum(parts.values()) - parts["CPU experts"] + at_mean)
+    flattered = 100 / (sum(parts.values()) - parts["CPU experts"] - parts["hand-over"] + at_mean)
     assert flattered == pytest.approx(expected, rel=0.1)
     assert 0.7 * flattered < per_second(which, 100) < flattered
 
@@ -139,7 +146,7 @@ def test_a_fast_link_wins_from_fewer_rows() -> None:
 
     assert from_rows(450 * GB) == pytest.approx(1, abs=1.5)
     assert from_rows(12 * GB) == pytest.approx(4 * TERA / EXPERT_FLOPS * EXPERT_BYTES / (12 * GB), rel=0.05)
-    without = resolve(K25, replace(profile, link=None), Setup(weights, KERNEL), uniform(K25))  # type: ignore[arg-type]
+    without = resolve(K25, one_memory(profile), Setup(weights, KERNEL), uniform(K25))  # type: ignore[arg-type]
     assert stream_from_rows(without) is None
 
 
@@ -208,11 +215,12 @@ def test_overlap_hides_the_shared_expert() -> None:
     apart, beside = (step_cost(rates("c", overlaps=overlaps), Load.decode(1, 8192)) for overlaps in (False, True))
     shared = 60 * 3 * 7168 * 2048 * 2 / (0.75 * 1792 * GB)
     assert apart.seconds - beside.seconds == pytest.approx(shared, rel=0.01)
+    assert sum(apart.parts.values()) == apart.seconds
 
 
 def test_one_memory_means_one_after_the_other() -> None:
     profile, weights = BOXES["c"]
-    alone = resolve(K25, replace(profile, link=None), Setup(weights, KERNEL), uniform(K25))  # type: ignore[arg-type]
+    alone = resolve(K25, one_memory(profile), Setup(weights, KERNEL), uniform(K25))  # type: ignore[arg-type]
     cost = step_cost(alone, Load.decode(3, 50))
     assert cost.seconds == pytest.approx(sum(cost.parts.values()))
     assert cost.moved["link"] == cost.moved["VRAM"] == 0
@@ -226,7 +234,7 @@ def test_the_expectation_against_many_draws() -> None:
     plain = ExpertRates(10, 1.0, table, 1e18, math.inf, 0.0, 0.0, ExpertDevice(1e18, 1e18))
     rows = rng.binomial(9, shares, (40_000, 12))
     simulated = np.array([table.seconds(m) for m in range(10)])[rows].sum(axis=1)
-    cost = expert_cost(plain, group_layers(shares[None], ()), 9, None)
+    cost = expert_cost(plain, group_layers(shares[None], ()), 9)
     assert cost.cpu == pytest.approx(simulated.mean(), abs=5 * simulated.std() / 200)
     assert cost.distinct == pytest.approx((rows > 0).sum(axis=1).mean(), rel=0.01)
 
@@ -236,16 +244,59 @@ def test_many_different_shares_are_read_off_between_some() -> None:
     shares = np.clip(shares, 1e-4, 0.99)
     table = RowTable.of({1: 1.0, 2: 1.05, 4: 1.6, 8: 3.4, 16: 7.0})
     plain = ExpertRates(10, 1.0, table, 1e18, math.inf, 0.0, 0.0, ExpertDevice(1e18, 1e18))
-    together = expert_cost(plain, group_layers(shares[None], ()), 32, None).cpu
-    one_by_one = sum(expert_cost(plain, group_layers(np.array([[q]]), ()), 32, None).cpu for q in shares)
+    together = expert_cost(plain, group_layers(shares[None], ()), 32).cpu
+    one_by_one = sum(expert_cost(plain, group_layers(np.array([[q]]), ()), 32).cpu for q in shares)
     assert together == pytest.approx(one_by_one, rel=0.01)
 
 
-def test_long_prompts_take_the_mean() -> None:
+@pytest.mark.parametrize(("n_experts", "top_k", "steep"), [(384, 8, 0.0), (512, 2, 0.0), (384, 8, 1.2), (128, 1, 0.5)])
+def test_long_prompts_take_the_mean_of_those_chosen(n_experts: int, top_k: int, steep: float) -> None:
     which = rates("a").experts
-    layers = group_layers(np.full((1, 384), 8 / 384), ())
-    below, above = (expert_cost(which, layers, tokens, None).cpu for tokens in (256, 257))
-    assert above == pytest.approx(below, rel=0.02)
+    weights = 1 / np.arange(1, n_experts + 1) ** steep
+    layers = group_layers(np.minimum(weights / weights.sum() * top_k, 0.99)[None], ())
+    below, above = (expert_cost(which, layers, tokens).cpu for tokens in (1024, 1025))
+    assert above == pytest.approx(below, rel=0.04)
+
+
+def test_layers_run_one_after_the_other() -> None:
+    """The CPU of one layer hides nothing of another layer's device: sums of maxima, not the maximum of sums."""
+    flat, steep = np.full(64, 1 / 64), np.append(1.0, np.full(63, 1e-9))
+    shares = np.array([flat, steep] * 5)
+    which = rates("a").experts
+    beside = 1e-4
+    together = expert_cost(which, group_layers(shares, (0, 1) * 5), 1, beside)
+    alone = [expert_cost(which, group_layers(row[None], (n,)), 1, beside) for row, n in ((flat, 0), (steep, 1))]
+    by_layer = [max(one.cpu, beside + one.vram) for one in alone]
+    assert by_layer[0] != by_layer[1]
+    assert together.path == pytest.approx(5 * sum(by_layer))
+
+
+def test_hidden_states_cross_the_link_in_time() -> None:
+    cost = step_cost(rates("a", overlaps=True), Load.prompt(8192))
+    assert cost.parts["hand-over"] == pytest.approx(2 * 8192 * 7168 * 4 * 60 / (25 * GB))
+    assert cost.moved["link"] == pytest.approx(2 * 8192 * 7168 * 4 * 60)
+    profile, _ = BOXES["a"]
+    slow = replace(profile, link=Link(Measured(25 * GB), Measured(1 * GB)))
+    there = step_cost(resolve(K25, slow, Setup("fp8", KERNEL), uniform(K25)), Load.prompt(8192))
+    assert there.seconds - cost.seconds == pytest.approx(8192 * 7168 * 4 * 60 * (1 / GB - 1 / (25 * GB)))
+
+
+def test_copies_and_kernels_hold_each_other_up_as_measured() -> None:
+    profile, _ = BOXES["a"]
+    link = Link(
+        Measured(25 * GB), Measured(25 * GB), to_device_beside_kernels=Measured(20 * GB), kernels_beside_copies=1.25
+    )
+    both = replace(profile, link=link)
+    setup = Setup("fp8", KERNEL, streams=True)
+    idle, busy = (step_cost(resolve(K25, p, setup, uniform(K25)), Load.prompt(4096)) for p in (profile, both))
+    assert busy.parts["link"] * 20 * GB == pytest.approx(
+        busy.moved["link"] * GB / GB - busy.parts["hand-over"] * 25 * GB
+    )
+    assert 1.15 < busy.seconds / idle.seconds < 1.3
+    decode = [
+        step_cost(resolve(K25, p, setup, uniform(K25)), Load.decode(4, 1)).parts["CPU experts"] for p in (profile, both)
+    ]
+    assert decode[0] == decode[1]
 
 
 def test_the_streamed_prefix_is_the_best_of_all_subsets() -> None:
@@ -254,10 +305,10 @@ def test_the_streamed_prefix_is_the_best_of_all_subsets() -> None:
         shares = np.sort(rng.dirichlet(np.full(8, 0.7)) * 2)[::-1].clip(1e-3, 0.99)
         before, beside = rng.random(2) * 1e-3
         which = replace(rates("a").experts, ram_read=1e30)
-        cost = expert_cost(which, group_layers(shares[None], ()), 400, (before, beside))
+        cost = expert_cost(which, group_layers(shares[None], ()), 400, beside, before)
         found = max(cost.link, before + max(cost.cpu, beside + cost.vram))
         copy = EXPERT_BYTES / (25 * GB) * (1 - (1 - shares) ** 400)
-        on_cpu = which.rows.many(shares * 400)
+        on_cpu = [expert_cost(which, group_layers(np.array([[q]]), ()), 400).cpu for q in shares]
         on_device = np.maximum(copy * 25 * GB / which.device.read, shares * 400 * EXPERT_FLOPS / which.device.flops)
         everything = range(8)
         best = min(
@@ -270,7 +321,7 @@ def test_the_streamed_prefix_is_the_best_of_all_subsets() -> None:
             for chosen in itertools.combinations(everything, n)
         )
         # Experts are whole, so another subset of as many may balance a little better than the hottest ones.
-        assert best <= found <= best + copy.max()
+        assert best <= found * (1 + 1e-9) and found <= best + copy.max()
 
 
 def test_the_split_beats_either_side_alone() -> None:
@@ -362,6 +413,8 @@ def test_missing_figures_are_named() -> None:
         resolve(K25, profile, Setup("fp8", "numba/avx2/int4/a8"), uniform(K25))
     with pytest.raises(CostError, match="no device rates"):
         resolve(K25, replace(profile, device=None), Setup("fp8", KERNEL), uniform(K25))
+    with pytest.raises(CostError, match="no link between RAM and its device"):
+        resolve(K25, replace(profile, link=None), Setup("fp8", KERNEL), uniform(K25))
     with pytest.raises(CostError, match="disk_read"):
         resolve(K25, replace(profile, disk_read=None), Setup("fp8", KERNEL, from_disk=0.1), uniform(K25))
     with pytest.raises(CostError, match="no entry for 1 row"):

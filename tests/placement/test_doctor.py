@@ -170,7 +170,7 @@ def test_damaged_weights_are_broken(machine: tuple[Path, Path], checkpoint: Path
 def test_wrong_kernels_keep_the_model_from_being_run(
     machine: tuple[Path, Path], checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trial, "kernel_error", lambda isa, precision: 0.5 if isa == BEST else 0.01)
+    monkeypatch.setattr(trial, "kernel_error", lambda isa, precision, fmt: 0.5 if isa == BEST else 0.01)
     report = examine(machine, checkpoint)
     assert report.findings[0].what == f"the {BEST} kernels give wrong answers"
     assert report.phases[-1].name.endswith(TINY)
@@ -225,3 +225,18 @@ def test_as_text_and_as_json(machine: tuple[Path, Path]) -> None:
     ]
     assert values["phases"][0]["binding"] == "RAM" and values["phases"][0]["share"] == pytest.approx(0.9)
     assert "nothing is broken" in text(Report(measured.machine, 1, BEST, None, (), ()))
+
+
+def test_kernels_are_tried_in_the_models_own_format(
+    machine: tuple[Path, Path], checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A fault that is only in that format's kernels is found."""
+    directory = tmp_path / "fp8"
+    write_checkpoint(families.deepseek_v3(), directory, seed=1)
+    assert ModelConfig.from_directory(directory).expert_format == "fp8"
+    monkeypatch.setattr(trial, "kernel_error", lambda isa, precision, fmt: 0.5 if fmt == "fp8" else 0.01)
+    tiers = [tier for tier in available() if tier != "amx"]
+    for model, wrong in ((checkpoint, 0), (directory, len(tiers))):
+        broken = [f for f in examine(machine, model).findings if f.severity == "broken"]
+        assert len(broken) == wrong
+        assert all("of a small fp8 layer" in f.why for f in broken)

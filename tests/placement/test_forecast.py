@@ -8,6 +8,7 @@ from placement.cost import Load, Rates, Setup, prompt_seconds, resolve, step_cos
 from placement.forecast import (
     Cache,
     batch_held,
+    batch_run,
     best_chunk,
     cached_tokens,
     decode_step,
@@ -18,6 +19,7 @@ from placement.forecast import (
     prefill_seconds,
     request_tokens,
     score,
+    share_in_ram,
     swarm_of,
 )
 from placement.plan import Goal
@@ -53,6 +55,20 @@ def test_batch_held_is_the_largest_that_fits(goal: Goal) -> None:
     for tokens in (0, goal.context - 1, goal.context, 30_000, 60_000, 168_192, 10**6):
         fitting = [n for n in range(1, goal.concurrency + 1) if max(goal.context, cached_tokens(goal, n)) <= tokens]
         assert batch_held(goal, tokens) == max(fitting, default=0)
+
+
+def test_a_batch_is_no_larger_than_may_run(rates: Rates) -> None:
+    goal = Goal("throughput", 1000, 9)
+    caches = [Cache(8500), Cache(8500, running=4), Cache(8500, running=20), Cache(10, running=4)]
+    assert [batch_run(goal, cache) for cache in caches] == [8, 4, 8, 1]
+    assert [point.size for point in predict(rates, goal, caches[1], 512).decode] == [1, 2, 4]
+    four = step_cost(rates, Load.decode(4, 1000)).seconds
+    assert score(rates, goal, caches[1], 512) == pytest.approx(four * 9 / 4)
+
+
+def test_the_devices_pages_fill_up_first() -> None:
+    cache, goal = Cache(3000, 3000), Goal("throughput", 1000, 9)
+    assert [share_in_ram(goal, cache, batch, 1000) for batch in (1, 3, 4, 6)] == [0, 0, 1 / 4, 1 / 2]
 
 
 def test_many_chunks_are_summed_as_their_steps_would_be(rates: Rates) -> None:

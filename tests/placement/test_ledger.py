@@ -4,6 +4,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from hypothesis import given
@@ -12,7 +13,8 @@ from hypothesis import strategies as st
 from hybrid.config import ModelConfig
 from hybrid.random_checkpoint import write_checkpoint
 from offload.checkpoint import Checkpoint
-from offload.config import ExpertFormat
+from offload.config import ExpertFormat, Precision
+from offload.kernels import activation
 from placement.facts import Facts
 from placement.ledger import (
     HOST_RESERVE,
@@ -21,10 +23,13 @@ from placement.ledger import (
     Wishes,
     expert_bytes,
     fit,
+    host_buffer_bytes,
     human,
     layout_of,
     place,
+    room,
     weight_bytes,
+    workspace_bytes,
 )
 from placement.plan import WeightDtype
 from tests.reference.k25 import K25
@@ -34,6 +39,7 @@ GIB = 2**30
 
 EXPERT = 24_772_608  # bytes of one of K2.5's
 WISHES = Wishes("bfloat16", "native", max_model_len=None, max_running=16, max_batch_tokens=512)
+BUFFERS = 512 * (2 * 4 * 7168 + 9 * 7168 // 4 + 8 * 9 * 2048 // 4)  # of a step's 512 tokens, 2.25 bytes a value
 WORKSTATION = Facts("cuda", "GPU", 48 * GIB, 47 * GIB, 768 * GIB, 760 * GIB)
 
 
@@ -76,7 +82,7 @@ def test_k25_on_a_workstation() -> None:
     assert placement.max_model_len == 262144
     assert placement.n_pages * 16 >= 262144
     assert placement.n_bytes("device") <= WORKSTATION.device_free
-    assert placement.n_bytes("RAM") == expert_bytes(K25, "int4")
+    assert placement.n_bytes("RAM") == expert_bytes(K25, "int4") + BUFFERS
     assert placement.notes == ()
     table = placement.table()
     assert "routed experts, int4, packed" in table
@@ -131,7 +137,7 @@ def test_experts_that_must_become_bf16() -> None:
     model = replace(K25, expert_format="bf16")
     with pytest.raises(PlacementError, match=r"2\.03 TB are needed for the experts; .*int4$"):
         place(model, WORKSTATION, WISHES)
-    entry = place(replace(model, num_hidden_layers=3), WORKSTATION, WISHES).entries[-1]
+    entry = place(replace(model, num_hidden_layers=3), WORKSTATION, WISHES).entries[-2]
     assert (entry.what, entry.n_bytes) == ("routed experts, bf16, packed", 2 * 384 * 3 * 2 * 7168 * 2048)
 
 
@@ -163,7 +169,7 @@ def test_cpu_counts_its_memory_once() -> None:
     assert placement.n_bytes("device") + placement.n_bytes("RAM") <= placement.facts.ram_free
     copied = replace(small, expert_format="bf16")
     wishes = replace(WISHES, max_model_len=4096, expert_target="int4")
-    assert place(copied, cpu(needed / GIB + 8), wishes).n_bytes("RAM") == expert_bytes(small, "int4")
+    assert place(copied, cpu(needed / GIB + 8), wishes).n_bytes("RAM") == expert_bytes(small, "int4") + BUFFERS
     with pytest.raises(PlacementError):
         place(copied, cpu(needed / GIB), wishes)
 
@@ -276,7 +282,7 @@ def test_mapped_experts_that_ram_does_not_hold_are_on_the_disk() -> None:
     layout = Layout("bfloat16", "int4", 8192, mapped=True, slots=(45,) * 60)
     placement, found = fit(K25, facts, layout), bytes_of(layout, facts)
     outside = (384 - 45) * 60 * EXPERT
-    assert found["RAM", "routed"] == 250 * GIB - HOST_RESERVE
+    assert found["RAM", "routed"] == 250 * GIB - HOST_RESERVE - BUFFERS
     assert found["disk", "routed"] == outside - found["RAM", "routed"]
     assert placement.from_disk == pytest.approx(found["disk", "routed"] / outside)
     assert fit(K25, WORKSTATION, replace(layout, slots=())).from_disk == 0
@@ -319,3 +325,31 @@ def test_every_expert_lies_somewhere(
     routed = sum(entry.n_bytes for entry in placement.entries if entry.what.startswith("routed experts"))
     copies = 0 if leave or mapped else slots * 60 * EXPERT
     assert routed - copies == 60 * 384 * EXPERT
+
+
+def test_buffers_of_a_step_take_ram_and_are_no_smaller_than_the_experts_own() -> None:
+    """Against the buffers that `offload.experts` asks for, of every precision and format."""
+    for fmt in get_args(ExpertFormat):
+        for precision in get_args(Precision):
+            layout = Layout("bfloat16", fmt, None, max_batch_tokens=4096)
+            record = activation.layout("avx2", fmt, precision)
+            needed = 4096 * (2 * 4 * 7168 + record.row_bytes(7168, fmt) + 8 * record.row_bytes(2048, fmt))
+            found = host_buffer_bytes(K25, layout)
+            assert needed <= found <= 2 * needed
+            assert found == needed or precision == "a8"
+    rows = 4096 * 8 * 2 * (7168 + 2048)
+    assert host_buffer_bytes(K25, replace(layout, amx=True)) - host_buffer_bytes(K25, layout) == rows
+    assert layout_of(K25, WORKSTATION, Wishes(isa="amx")).amx
+
+
+def test_a_larger_step_leaves_less_ram() -> None:
+    small, large = (Layout("bfloat16", "int4", None, max_batch_tokens=tokens) for tokens in (512, 4096))
+    buffers = host_buffer_bytes(K25, large) - host_buffer_bytes(K25, small)
+    assert buffers == 7 * BUFFERS
+    assert room(K25, WORKSTATION, small)[1] - room(K25, WORKSTATION, large)[1] == buffers
+    workspace = workspace_bytes(K25, large) - workspace_bytes(K25, small)
+    assert room(K25, cpu(900), small)[0] - room(K25, cpu(900), large)[0] == buffers + workspace
+    tight = replace(WORKSTATION, ram_free=expert_bytes(K25, "int4") + HOST_RESERVE + BUFFERS)
+    assert place(K25, tight, WISHES).n_bytes("RAM") + HOST_RESERVE == tight.ram_free
+    with pytest.raises(PlacementError, match=r"RAM has 571\.35 GB free and 571\.35 GB are needed"):
+        place(K25, replace(tight, ram_free=tight.ram_free - 1), WISHES)

@@ -13,7 +13,7 @@ import pytest
 from placement.cost import Load, Setup, resolve, slot_values, step_cost
 from placement.document import Measured
 from placement.facts import Facts
-from placement.forecast import Cache, cached_tokens, decode_step, score
+from placement.forecast import Cache, cached_tokens, score
 from placement.hardware import fingerprint
 from placement.ledger import Wishes, place
 from placement.plan import Goal, Plan, check_fresh, model_fingerprint, read_plan, write_plan
@@ -149,13 +149,11 @@ def test_a_plan_file_keeps_what_is_exact(case: tuple[Profile, Goal, Plan], tmp_p
 
 def test_a_plan_can_be_priced_again(case: tuple[Profile, Goal, Plan]) -> None:
     profile, _, made = case
-    rates = resolve(K25, profile, replace(setup_of(made, profile), kv_in_ram=0.0), UNIFORM)
-    on_device, in_ram = made.settings.pages_on_device, made.settings.pages_in_ram
-    step = decode_step(rates, made.goal, Cache(16 * on_device, 16 * in_ram), 1)
-    assert 1 / step.seconds == pytest.approx(speed(made), 1e-6)
-    if in_ram == 0:
-        assert step.seconds == step_cost(rates, Load.decode(1, made.goal.context)).seconds
-    assert setup_of(made, profile).kv_in_ram == in_ram / (on_device + in_ram)
+    assert made.prediction is not None
+    last = made.prediction.decode[-1]
+    step = step_cost(resolve(K25, profile, setup_of(made, profile), UNIFORM), Load.decode(last.size, made.goal.context))
+    assert step.seconds == pytest.approx(last.seconds)
+    assert step.binding == last.binding
 
 
 def test_512_gb_of_ram_and_96_of_vram_hold_k25_together() -> None:
@@ -209,14 +207,14 @@ def test_experts_in_vram_give_way_to_kv_as_batches_grow() -> None:
 
 def test_a_slow_cpu_wants_experts_in_vram_and_kv_in_ram() -> None:
     """Every byte of KV is read in every step, an expert's not: KV goes first unless the CPU computes for long."""
-    goal, fast = Goal("throughput", 32768, 32), box(TWO)
+    goal, fast = Goal("latency", 32768, 32), box(TWO)
     (kernel,) = fast.kernels
     seconds = {rows: Measured(20e-6 + 0.4e-3 * rows) for rows in kernel.seconds}
     slow = replace(fast, kernels=(replace(kernel, seconds=seconds),))
     made, other = plan(slow, goal), plan(fast, goal)
     assert sum(made.settings.slots) > 2000 and made.settings.pages_in_ram > made.settings.pages_on_device
     assert sum(other.settings.slots) == 0 and other.settings.pages_in_ram < made.settings.pages_in_ram
-    most = other.settings.pages_on_device * 16 * 70272
+    most = (other.settings.pages_on_device - 100) * 16 * 70272  # and room for the buffers of the others
     assert speed(made, 32) > 1.02 * speed(plan(slow, goal, kv_bytes=most), 32)
 
 
@@ -234,6 +232,109 @@ def test_servable_is_what_place_says_today() -> None:
     with pytest.raises(DoesNotFit, match="no single setting helps") as caught:
         plan(box(SMALL), servable=True)
     assert caught.value.nearest is None
+
+
+@pytest.mark.parametrize("dtype", ["fp8", "int8"])
+def test_servable_refuses_weights_that_the_engine_does_not_run(dtype: str) -> None:
+    with pytest.raises(DoesNotFit, match=f"--dtype {dtype}: this version's engine does not run {dtype} wei") as caught:
+        plan(box(LARGE), servable=True, dtype=dtype)
+    nearest = caught.value.nearest
+    assert nearest is not None and nearest.needs == () and f"other weights than {dtype}" in nearest.notes[0]
+    assert "\n" not in str(caught.value)
+
+
+def test_servable_serves_as_many_as_the_goal_wants_and_the_pages_hold() -> None:
+    made = plan(box(LARGE), Goal("throughput", 8192, 100), servable=True)
+    assert made.settings.max_running == 100 and made.needs == ()
+    assert made.prediction is not None and made.prediction.decode[-1].size == 100
+    long = plan(box(LARGE), Goal("throughput", 32768, 100), servable=True)
+    held = 16 * long.settings.pages_on_device // 32768
+    assert long.settings.max_running == held < 100
+    asked = plan(box(LARGE), Goal("throughput", 8192, 100), servable=True, max_running=10)
+    assert asked.settings.max_running == 10
+    assert asked.prediction is not None and asked.prediction.decode[-1].size == 10
+
+
+def test_servable_refuses_a_context_that_its_pages_do_not_hold() -> None:
+    facts = Facts("cuda", "GPU", 32 * GIB, 31 * GIB, 768 * GIB, 760 * GIB)
+    goal = Goal("latency", 100_000, 1)
+    with pytest.raises(DoesNotFit, match=r"one request of 100000 tokens needs 7\.03 GB of KV pages and ") as caught:
+        make_plan(K25, facts, box(LARGE), goal, Wishes(), UNIFORM, True)
+    nearest = caught.value.nearest
+    assert nearest is not None and nearest.needs == ()
+    context = nearest.goal.context
+    assert nearest.notes[0] == f"the nearest plan that fits: a context of {context} tokens instead of 100000"
+    assert context <= 16 * nearest.settings.pages_on_device < context + 2000  # steps are sized after that
+
+
+def test_a_plan_leaves_the_gpu_what_its_driver_takes() -> None:
+    profile = box(LARGE)
+    memory = profile.hardware.gpus[0].memory
+    facts = facts_from(profile)
+    assert (facts.device_total, facts.device_free) == (memory, memory - GIB)
+    made = plan(profile, servable=True)
+    # A server is told what is free once the driver and its own context have taken theirs.
+    now = replace(facts, device_free=memory - GIB * 9 // 10)
+    page = 16 * 70272
+    wishes = Wishes("bfloat16", "native", made.settings.max_model_len, made.settings.max_running, 512)
+    wishes = replace(wishes, max_batch_tokens=made.settings.max_batch_tokens)
+    again = place(K25, now, replace(wishes, kv_bytes=made.settings.pages_on_device * page))
+    assert again.n_pages == made.settings.pages_on_device
+
+
+def test_throughput_takes_fewer_requests_at_once_where_that_is_faster() -> None:
+    profile, goal = box(SMALL), Goal("throughput", 32768, 100)
+    made = plan(profile, goal)
+    assert made.prediction is not None
+    best = made.prediction.decode[-1]
+    assert best.tokens_per_second >= 0.99 * max(point.tokens_per_second for point in made.prediction.decode)
+    assert made.settings.max_running == best.size < 100
+    everyone = plan(profile, replace(goal, kind="latency"))  # as many at once as are asked for
+    assert everyone.settings.max_running == 100
+    ratio = best.tokens_per_second / speed(everyone, 100)
+    assert ratio > 1.1
+    assert f"100 would take {ratio:.2f} times as long in all" in reason(made, "requests")
+    assert any(note.startswith(f"{best.size} requests run at once, not 100") for note in made.notes)
+    assert plan(profile, goal, max_running=100).settings.max_running == 100
+
+
+@pytest.mark.parametrize("agents", [5000, 100_000])
+def test_a_swarm_that_cannot_run_at_once_waits_and_takes_no_room(agents: int) -> None:
+    profile = box(SMALL)
+    made, hundred = (plan(profile, Goal("swarm", 8192, n)) for n in (agents, 100))
+    settings = made.settings
+    tokens = 16 * (settings.pages_on_device + settings.pages_in_ram)
+    assert 100 < settings.max_running <= (tokens - 8192) // 1600
+    assert not settings.experts_mapped, "RAM has room for them"
+    assert made.prediction is not None and hundred.prediction is not None
+    assert made.prediction.decode[-1].size == settings.max_running
+    assert made.prediction.swarm is not None and hundred.prediction.swarm is not None
+    assert made.prediction.swarm.seconds < hundred.prediction.swarm.seconds * agents / 100
+    assert any(f"not {agents}" in note and "wait" in note for note in made.notes)
+
+
+def test_what_binds_counts_what_the_cpu_reads() -> None:
+    made = plan(box(LARGE))
+    slots = sum(made.settings.slots)
+    outside = 480 * (1 - slots / 23040)  # of a token's experts, all equally likely
+    assert slots > 1000
+    assert f": {outside:.0f} experts, {outside * EXPERT / 1e9:.2f} GB at 430 GB/s at best" in reason(made, "bound by")
+    slow = replace(cpu_box(), kernels=(replace(cpu_box().kernels[0], seconds={1: Measured(3e-3), 8: Measured(4e-3)}),))
+    alone = plan(slow, Goal("latency", 256, 1))
+    assert f": 480 experts, {480 * EXPERT / 1e9:.2f} GB at 100 GB/s at best" in reason(alone, "bound by")
+    unknown = plan(replace(cpu_box(), memory=None))
+    assert "inf" not in reason(unknown, "bound by")
+
+
+def test_the_default_number_of_requests_is_called_that() -> None:
+    assert reason(plan(box(LARGE)), "requests").count("64 is the default, for shorter ones; the pages hold") == 1
+    assert "default" not in reason(plan(box(LARGE), Goal("throughput", 8192, 64)), "requests")
+
+
+def test_the_command_that_packs_names_the_format() -> None:
+    made = plan(box(LARGE, 700), expert_target="int8")
+    assert made.settings.experts_mapped
+    assert "run `hybrid pack MODEL --expert-format int8` first" in reason(made, "routed experts")
 
 
 def test_servable_without_ram_names_the_packed_file() -> None:

@@ -314,9 +314,9 @@ class TestGpus:
         assert "install a CUDA build of torch" in told[0]
 
 
-def test_the_fingerprint_is_of_the_machine_and_not_of_its_limits(tmp_path: Path) -> None:
+def test_the_fingerprint_is_of_the_machine_and_what_of_its_cores_may_be_used(tmp_path: Path) -> None:
     found = find(two_sockets(tmp_path), cpuinfo=cpuinfo(tmp_path))
-    limited = replace(found, cores=1, cpu_quota=1.0, ram=GIB, memlock=0, huge_pages="never", disk="sdb")
+    limited = replace(found, ram=GIB, memlock=0, huge_pages="never", disk="sdb")
     assert fingerprint(limited) == fingerprint(found)
     others = [
         replace(found, cpu="another"),
@@ -324,8 +324,12 @@ def test_the_fingerprint_is_of_the_machine_and_not_of_its_limits(tmp_path: Path)
         replace(found, nodes=found.nodes[:1]),
         replace(found, gpus=(Gpu("NVIDIA L40S", 46068 * MIB, "8.9"),)),
         replace(found, gpus=(Gpu("NVIDIA L40S", 46068 * MIB, "8.9", 4, 8),)),
+        replace(found, cores=found.cores - 1),
+        replace(found, cpu_quota=1.0),
+        replace(found, cpu_quota=2.0),
+        replace(found, tiers=found.tiers[1:]),
     ]
-    assert len({fingerprint(found), *map(fingerprint, others)}) == 6
+    assert len({fingerprint(found), *map(fingerprint, others)}) == 1 + len(others)
 
 
 @pytest.mark.parametrize(

@@ -114,6 +114,33 @@ def test_people_can_read_it(tmp_path: Path) -> None:
         ("- avx2\n", "- avx3\n", "hardware.tiers[2]: expected one of amx, avx512vnni, avx512, avxvnni, avx2, portable"),
         ("dtype: bfloat16", "dtype: bf16", "device.gemms[0].dtype: expected one of float32, bfloat16, fp8, int8"),
         ("    64: 900 us", "    many: 900 us", "kernels[0].seconds.many: expected a whole number"),
+        ("  kv_read: 500 GB/s", "  kv_read: 0 GB/s", "device.kv_read: expected a rate above 0, found '0 GB/s'"),
+        (
+            "to_device: 25 GB/s",
+            "to_device: 25 GB/s [0 to 26]",
+            "link.to_device: expected a rate above 0, found '0 GB/s'",
+        ),
+        (
+            "attention_decode: 20 TFLOP/s",
+            "attention_decode: 0 FLOP/s",
+            "device.attention_decode: expected an arithmetic",
+        ),
+        ("    64: 900 us", "    64: 0 us", "kernels[0].seconds.64: expected a time above 0, found '0 us'"),
+        ("    64: 900 us", "    0: 900 us", "kernels[0].seconds.0: expected a whole number of at least 1, found 0"),
+        ("    1: 200 us", "    2: 200 us", "kernels[1].seconds: expected figures by rows, those of 1 row among them"),
+        ("  size: 4096", "  size: 0", "device.gemms[0].size: expected a whole number of at least 1, found 0"),
+        (
+            "name: numba/avx2/int4/a8",
+            "name: avx2",
+            "kernels[1].name: expected backend/tier/format/precision, as numba/",
+        ),
+        ("    32: 300 GB/s", "    0: 300 GB/s", "memory.read.0: expected a whole number of at least 1, found 0"),
+        (
+            "kernels_beside_copies: 1.25",
+            "kernels_beside_copies: 0.0",
+            "link.kernels_beside_copies: expected a number above",
+        ),
+        ("  cores: 32\n", "  cores: 0\n", "hardware.cores: expected a whole number of at least 1, found 0"),
         ("version: 1", "version: 2", "profile version 2, this hybrid reads version 1; make it anew"),
         (
             "document: profile",
@@ -132,6 +159,19 @@ def test_a_fault_is_one_line_with_the_file_and_the_key(tmp_path: Path, old: str,
         read_profile(path)
     assert str(caught.value).startswith(f"{path}: {said}"), caught.value
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["memory.read", "kernels[0].seconds", "device.gemms[0].seconds"])
+def test_a_table_without_figures_is_named(tmp_path: Path, key: str) -> None:
+    path = tmp_path / "profile.yaml"
+    write_profile(path, FULL)
+    values = yaml.safe_load(path.read_text())
+    inner = {"memory": values["memory"], "kernels": values["kernels"][0], "device": values["device"]["gemms"][0]}
+    inner[key.split(".")[0].removesuffix("[0]")][key.split(".")[-1]] = {}
+    path.write_text(yaml.safe_dump(values))
+    with pytest.raises(DocumentError) as caught:
+        read_profile(path)
+    assert str(caught.value).startswith(f"{path}: {key}: expected figures by ")
 
 
 def test_what_could_not_be_measured_may_be_left_out(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from placement.routing import uniform
 from tests.reference.k25 import K25
 
 GIB = 2**30
+BUFFERS = 512 * (2 * 4 * 7168 + 9 * 7168 // 4 + 8 * 9 * 2048 // 4)  # of a step's 512 tokens, 2.25 bytes a value
 
 
 def made(goal: Goal, name: str = "ddr5-5600-12ch_h200", servable: bool = False) -> Plan:
@@ -47,7 +48,10 @@ def test_the_ledger_looks_like_the_placements(facts: Facts) -> None:
     assert len(sums) == len(expected)
     assert sums[0][-6:] == expected[0][-6:]
     if facts.device == "cuda":  # of RAM a reserve is shown as well
-        assert " ".join(sums[1][-6:]) == f"{human(60 * 384 * 24_772_608 + HOST_RESERVE)} of {human(760 * GIB)} free"
+        assert (
+            " ".join(sums[1][-6:])
+            == f"{human(60 * 384 * 24_772_608 + BUFFERS + HOST_RESERVE)} of {human(760 * GIB)} free"
+        )
 
 
 def test_table_shows_every_line_figure_and_note(swarm: Plan) -> None:
@@ -62,6 +66,14 @@ def test_table_shows_every_line_figure_and_note(swarm: Plan) -> None:
     assert "  swarm of 100: " in text
     assert len(re.findall(r"^  note: ", text, re.M)) == len(swarm.notes) + 1
     assert f"this version's engine does not do: {', '.join(swarm.lacking)}" in text
+
+
+def test_a_fast_prompt_keeps_its_distance_from_what_binds_it(latency: Plan) -> None:
+    assert latency.prediction is not None
+    points = tuple(Point(8192, seconds, 8192 / seconds, "link") for seconds in (0.0043023, 4302.3))
+    text = report.table(replace(latency, prediction=replace(latency.prediction, prefill=points, decode=points)))
+    assert len(re.findall(r" tok/s  +link$| a step  +link$", text, re.M)) == 4
+    assert "1,904,098 tok/s" in text
 
 
 def test_table_without_rates_or_needs() -> None:

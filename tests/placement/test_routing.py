@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hybrid.config import ModelConfig
-from placement.routing import RoutingError, distinct, read_routing, uniform, write_routing
+from placement.routing import RoutingError, Shares, chosen, read_routing, uniform, write_routing
 
 TEXT = {
     "model_type": "deepseek_v3", "hidden_size": 64, "num_hidden_layers": 4, "first_k_dense_replace": 1,
@@ -37,14 +37,18 @@ def counts_of(chosen: npt.NDArray[np.int64], n_experts: int) -> npt.NDArray[np.i
     return np.bincount(chosen.ravel(), minlength=n_experts)
 
 
+def distinct(shares: Shares, tokens: int) -> Shares:
+    return np.asarray(chosen(shares, tokens).sum(axis=-1))
+
+
 @pytest.mark.parametrize("tokens", [1, 3, 16, 50])
 @pytest.mark.parametrize("exponent", [0.0, 0.8, 1.6])
 def test_distinct_experts_against_drawn_ones(tokens: int, exponent: float) -> None:
     """40 experts, 4 for a token, 48,000 tokens; five standard errors of the mean over the batches."""
     weights = (np.arange(40) + 1.0) ** -exponent
-    chosen = draw(weights, 48_000, 4, seed=tokens)
-    shares = counts_of(chosen, 40) / len(chosen)
-    batches = chosen[: len(chosen) // tokens * tokens].reshape(-1, tokens * 4)
+    drawn = draw(weights, 48_000, 4, seed=tokens)
+    shares = counts_of(drawn, 40) / len(drawn)
+    batches = drawn[: len(drawn) // tokens * tokens].reshape(-1, tokens * 4)
     found = np.array([len(np.unique(batch)) for batch in batches])
     error = 5 * found.std() / len(found) ** 0.5 + 1e-9
     expected = distinct(shares[None], tokens)
@@ -141,6 +145,8 @@ class TestRecord:
         assert self.refusal(path).startswith("not JSON: ")
         path.write_bytes(b'{"\xff": 1}')
         assert self.refusal(path).startswith("not JSON: ")
+        path.write_text("[" * 100_000)
+        assert self.refusal(path) == "not JSON: nested too deeply"
 
     @pytest.mark.parametrize(
         "text", ["[]", "{}", "3", '{"document": "hybrid routing", "version": 2}', '{"version": 1}']
@@ -158,6 +164,7 @@ class TestRecord:
             {"tokens": 2.5},
             {"tokens": True},
             {"tokens": None},
+            {"tokens": 2**63},
             {"chosen": None},
             {"chosen": []},
             {"chosen": {}},
@@ -167,14 +174,28 @@ class TestRecord:
     )
     def test_other_tokens_or_layers(self, tmp_path: Path, changes: dict[str, object]) -> None:
         said = self.refusal(self.changed(tmp_path, **changes))
-        assert said == "expected tokens above 0 and layers 1 to 3: another model's?"
+        assert said == "expected tokens from 1 to 2**63 - 1 and layers 1 to 3: another model's?"
 
     @pytest.mark.parametrize(
-        "row", [[1] * 7, [1] * 9, [1] * 7 + [-1], [1] * 7 + [1.5], [1] * 7 + [True], [1] * 7 + ["1"], [], None, 8, {}]
+        "row",
+        [
+            [1] * 7,
+            [1] * 9,
+            [1] * 7 + [-1],
+            [1] * 7 + [2**63],
+            [10**400] * 8,
+            [1] * 7 + [1.5],
+            [1] * 7 + [True],
+            [1] * 7 + ["1"],
+            [],
+            None,
+            8,
+            {},
+        ],
     )
     def test_counts_that_are_none(self, tmp_path: Path, row: object) -> None:
         path = self.changed(tmp_path, chosen={"1": [1] * 8, "2": row, "3": [1] * 8})
-        assert self.refusal(path) == "chosen.2: expected 8 counts of at least 0: another model's?"
+        assert self.refusal(path) == "chosen.2: expected 8 counts from 0 to 2**63 - 1: another model's?"
 
     def test_an_expert_chosen_more_than_once_for_a_token(self, tmp_path: Path) -> None:
         path = self.changed(tmp_path, chosen={"1": [250] * 8, "2": [250] * 8, "3": [2000] + [0] * 7})

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from offload.config import PROJECTIONS, Isa, PoolConfig
+from offload.config import PROJECTIONS, ExpertFormat, Isa, PoolConfig, Precision
 from offload.isa import available
 from offload.repeated import random_expert
 from placement.checks import TOLERANCE
@@ -43,29 +43,32 @@ def test_the_plain_arithmetic_agrees_with_the_reference() -> None:
         for name in PROJECTIONS
     }
     expected = reference.experts(reference.Layer("int4", **dense), x, ids, weights, "a16")  # rounds to 16 bits
-    found = plain_layer(experts, x, ids, weights)
+    found = plain_layer("int4", experts, x, ids, weights)
     assert np.linalg.norm(found - expected) < 1e-3 * np.linalg.norm(expected)
 
 
 def test_the_tolerance_catches_any_one_input_that_is_lost() -> None:
     experts, x, ids, weights = problem(max(CHECK_ROWS))
-    expected = plain_layer(experts, x, ids, weights)
+    expected = plain_layer("int4", experts, x, ids, weights)
     for lost in range(CHECKED.hidden):
         without = x.copy()
         without[:, lost] = 0
-        error = np.linalg.norm(plain_layer(experts, without, ids, weights) - expected) / np.linalg.norm(expected)
+        error = np.linalg.norm(plain_layer("int4", experts, without, ids, weights) - expected) / np.linalg.norm(
+            expected
+        )
         assert error > 2 * TOLERANCE, lost
 
 
 @pytest.mark.parametrize("isa", TIERS)
 @pytest.mark.parametrize("precision", ["a8", "a16"])
-def test_every_tier_here_is_right(isa: Isa, precision) -> None:
-    assert 0 < kernel_error(isa, precision) < TOLERANCE / 2
+@pytest.mark.parametrize("fmt", ["int4", "int8", "fp8", "bf16"])
+def test_every_tier_here_is_right(isa: Isa, precision: Precision, fmt: ExpertFormat) -> None:
+    assert 0 < kernel_error(isa, precision, fmt) < TOLERANCE / 2
 
 
 def test_a_tier_that_gives_garbage_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("placement.trial.plain_layer", lambda experts, x, ids, weights: np.full(x.shape, np.nan))
-    assert kernel_error("portable", "a8") == np.inf
+    monkeypatch.setattr("placement.trial.plain_layer", lambda fmt, experts, x, ids, weights: np.full(x.shape, np.nan))
+    assert kernel_error("portable", "a8", "int4") == np.inf
 
 
 def test_layers_take_turns_over_all_their_experts() -> None:
@@ -76,7 +79,8 @@ def test_layers_take_turns_over_all_their_experts() -> None:
     assert all(value > 0 for values in seconds.values() for value in values)
     assert chosen.counts.shape == (1, 3 * ACTIVE)
     assert chosen.counts.min() > 0, "a set was never used"
-    assert chosen.counts.max() <= chosen.counts.min() + 2
+    # Calls of one row and of two, one more for some sets than for others.
+    assert chosen.counts.max() <= 2 * (chosen.counts.min() + 1)
 
 
 def test_share_of_a_mapping_in_huge_pages(tmp_path: Path) -> None:

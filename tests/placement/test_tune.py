@@ -1,20 +1,27 @@
 """placement.tune: which candidate is kept, what a run leaves in the plan, and the plan of a real tiny model."""
 
 import math
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from hybrid.batch import StepOutput
 from hybrid.config import ModelConfig
 from hybrid.random_checkpoint import write_checkpoint
 from offload.topology import deal
 from placement import tune as tuning
+from placement.cost import resolve
 from placement.document import Measured
+from placement.forecast import Cache as Tokens
+from placement.forecast import predict as forecast
 from placement.hardware import Hardware
 from placement.plan import Goal, Plan, Point, Prediction, Settings, Trial, model_fingerprint, read_plan, write_plan
+from placement.planner import setup_of
 from placement.profile import Device, Gemm, Kernel, Memory, Profile
+from placement.routing import uniform
 from placement.tune import TuneError, best, text, thread_candidates, tune
 from tests import families
 
@@ -71,11 +78,11 @@ class Log:
         self.told: list[str] = []
         self.stages: list[str] = []
 
-    def tune(self, directory: Path, plan: Plan, seconds: float) -> Plan:
+    def tune(self, directory: Path, plan: Plan, seconds: float, rates: Profile | None = None) -> Plan:
         def progress(stage: str, done: int, total: int) -> None:
             self.stages.append(stage)
 
-        return tune(directory, plan, profile(), seconds, self.saved.append, progress, self.told.append)
+        return tune(directory, plan, rates or profile(), seconds, self.saved.append, progress, self.told.append)
 
 
 def rounds(**seconds: list[float]) -> list[dict[str, float]]:
@@ -173,6 +180,92 @@ def test_figures_that_take_too_long_are_named(directory: Path, plan: Plan) -> No
     assert all(point.measured for point in tuned.prediction.decode)
     assert tuned.prediction.prefill == slow.prefill
     assert log.told == ["prefill 200 was not measured: no time left; running again goes on there"]
+
+
+class Steps:
+    """Prompts take a second, whatever the step size."""
+
+    def __init__(self, engine: object) -> None:
+        self.sizes: list[int] = []
+
+    def prompt(self, tokens: int, chunk: int) -> list[StepOutput]:
+        self.sizes.append(chunk)
+        return [StepOutput((), 1.0)]
+
+
+def chunks(plan: Plan) -> tuple[Plan, list[str]]:
+    """The plan with step sizes compared: the smallest is kept, as all take the same time."""
+    log = Log()
+    run = tuning.Run(log.saved.append, lambda *stage: None, log.told.append, 100.0, time.monotonic() + 100.0)
+    tried = tuning._try_chunks(Steps(None), plan, run)  # type: ignore[arg-type]
+    assert log.saved == [tried]
+    return tried, log.told
+
+
+def again(plan: Plan, before: int, model: ModelConfig, rates: Profile) -> tuple[Plan, list[str]]:
+    log = Log()
+    run = tuning.Run(log.saved.append, lambda *stage: None, log.told.append, 100.0, time.monotonic() + 100.0)
+    found = tuning._predicted_again(plan, before, model, rates, run)
+    assert log.saved == [found]
+    return found, log.told
+
+
+@pytest.mark.parametrize(("own", "tried"), [(128, [128, 64]), (512, [512, 128]), (100, [100]), (4096, [4096])])
+def test_the_plans_own_step_size_is_among_the_candidates(plan: Plan, own: int, tried: list[int]) -> None:
+    """Also one that is longer than the goal's prompts (128 tokens)."""
+    found, _ = chunks(replace(plan, settings=replace(plan.settings, max_batch_tokens=own)))
+    assert [int(trial.value) for trial in found.trials] == tried
+    assert found.trials[0].ratio == 1
+    assert found.settings.max_batch_tokens == min(tried)
+
+
+def test_prompts_are_predicted_for_the_step_that_was_kept(directory: Path, plan: Plan) -> None:
+    model, rates = ModelConfig.from_directory(directory), profile()
+    ready = resolve(model, rates, setup_of(plan, rates), uniform(model))
+    of = {chunk: forecast(ready, Goal("latency", 300, 4), Tokens(512), chunk) for chunk in (128, 64)}
+    changed = replace(plan, settings=replace(plan.settings, max_batch_tokens=64), prediction=of[128])
+    found, told = again(changed, 128, model, rates)
+    assert found.prediction is not None
+    assert told == []
+    assert found.prediction.decode == of[128].decode
+    for point, expected in zip(found.prediction.prefill, of[64].prefill, strict=True):
+        assert (point.size, point.binding) == (expected.size, expected.binding)
+        assert point.seconds == pytest.approx(expected.seconds)
+        assert point.tokens_per_second == pytest.approx(expected.tokens_per_second)
+
+
+def test_figures_that_come_from_a_record_of_routing_stay_so(directory: Path, plan: Plan) -> None:
+    """Whoever planned with one has other figures; the step size changes them, and they are not made anew."""
+    model = ModelConfig.from_directory(directory)
+    found, _ = again(replace(plan, settings=replace(plan.settings, max_batch_tokens=64)), 128, model, profile())
+    half = replace(
+        plan,
+        prediction=Prediction(
+            (),
+            tuple(
+                replace(p, seconds=p.seconds / 2, tokens_per_second=p.tokens_per_second * 2) for p in points(32, 200)
+            ),
+        ),
+    )
+    other, _ = again(replace(half, settings=replace(plan.settings, max_batch_tokens=64)), 128, model, profile())
+    assert found.prediction is not None and other.prediction is not None
+    for one, two in zip(found.prediction.prefill, other.prediction.prefill, strict=True):
+        assert two.seconds == pytest.approx(one.seconds / 2)
+    assert found.prediction.prefill[0].seconds == pytest.approx(0.001), (
+        "a prompt of 32 tokens is one step before and after"
+    )
+
+
+def test_a_rate_that_is_missing_loses_no_comparison(directory: Path, plan: Plan) -> None:
+    model, rates = ModelConfig.from_directory(directory), replace(profile(), device=None)
+    changed = replace(plan, settings=replace(plan.settings, max_batch_tokens=64))
+    found, told = again(changed, 128, model, rates)
+    assert found == replace(changed, notes=(*plan.notes, *told))
+    assert told[0].startswith(
+        "prompts were predicted for steps of 128 tokens, and not again for 64: profile here has no"
+    )
+    tuned = Log().tune(directory, plan, 1000.0, rates)
+    assert {trial.setting for trial in tuned.trials} == {"threads", "chunk"}
 
 
 def test_no_time_changes_nothing(directory: Path, plan: Plan) -> None:

@@ -10,16 +10,35 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import fields
 from pathlib import Path
+from unittest.mock import Mock
 
 import psutil
 import pytest
 
-from hybrid.batch import Sampling
+from hybrid.batch import Batch, Sampling, StepOutput
+from server import engine_process
 from server.bridge import GAUGES, EngineBridge
-from server.request import EngineStats, LoadProgress, Notice, Progress, Ready, Request
+from server.engine_process import Built
+from server.request import (
+    Cancel,
+    EngineStats,
+    Failed,
+    FromEngine,
+    LoadProgress,
+    Notice,
+    Progress,
+    Ready,
+    Request,
+    Shutdown,
+    Submit,
+    Tallies,
+    ToEngine,
+)
+from server.scheduler import SchedulerConfig
 from server.settings import ServerSettings
 from tests.reference.fake_engine import END_ID
 from tests.reference.fake_server import write_model
+from tests.reference.fake_step import FakeStep
 
 BUILDS = "tests.reference.fake_engine"
 LONG = 400  # tokens: more than a test waits for
@@ -286,13 +305,85 @@ async def test_tallies_arrive_and_are_those_of_the_engine_that_answers(tmp_path:
         assert bridge.tallies == ()
 
 
-async def test_the_record_is_written_at_the_end_and_after_a_crash(tmp_path: Path) -> None:
+async def test_the_record_is_written_when_idle_after_a_crash_and_at_the_end(tmp_path: Path) -> None:
     model = write_model(tmp_path / "tiny")
+    record = model / "record"
     async with bridging(model, "build_recording") as bridge:
         await ready(bridge)
         await ask(bridge, 1, "abcd")
-        assert not (model / "record").exists()
+        await until(lambda: record.exists() and record.read_text() == "written\n")
         await ask(bridge, 2, "!")  # a step raises
         await until(lambda: bridge.phase == "ready")
-        assert (model / "record").read_text() == "written\n"
-    assert (model / "record").read_text() == "written\n" * 2
+        assert record.read_text() == "written\n" * 2
+    assert record.read_text() == "written\n" * 3
+
+
+class Parent(engine_process.Inbox):
+    """Says Shutdown as soon as the engine waits for something to do."""
+
+    def get(self, block: bool = True, timeout: float | None = None) -> ToEngine:
+        return Shutdown() if self.empty() else super().get(block, timeout)
+
+
+class Run:
+    """One request of `n_steps` steps through the engine's loop, in a time that only its steps move."""
+
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, n_steps: int, seconds: float, cancel_at: int | None = None
+    ) -> None:
+        self.now = 1000.0
+        self.n_steps, self.seconds, self.cancel_at = 0, seconds, cancel_at
+        self.records: list[int] = []  # steps done by then
+        self.inbox = Parent()
+        self._fake = FakeStep(64, 16)
+        self._sent: list[FromEngine] = []
+        monkeypatch.setattr(engine_process.time, "monotonic", lambda: self.now)
+        built = Built(self.step, lambda: None, SchedulerConfig(64), 512, "fake", record=self.record)
+        self.inbox.put(Submit(request(1, "abcd", n_steps)))
+        engine_process.run(self.inbox, self._sent.append, built)
+
+    def step(self, batch: Batch) -> StepOutput:
+        self.now += self.seconds
+        self.n_steps += 1
+        if self.n_steps == self.cancel_at:
+            self.inbox.put(Cancel(1))
+        return self._fake(batch)
+
+    def record(self) -> None:
+        self.records.append(self.n_steps)
+
+    @property
+    def told(self) -> list[int]:
+        """Steps that each account knew of."""
+        return [sum(one.steps for one in sent.tallies) for sent in self._sent if isinstance(sent, Tallies)]
+
+
+def test_a_busy_engine_tells_every_second_and_an_idle_one_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Run(monkeypatch, n_steps=11, seconds=0.4).told == [1, 4, 7, 10, 11]
+
+
+def test_a_busy_engine_records_every_minute_and_an_idle_one_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Run(monkeypatch, n_steps=7, seconds=25.0).records == [3, 6, 7]
+    assert Run(monkeypatch, n_steps=6, seconds=25.0).records == [3, 6]  # nothing new, nothing written
+
+
+def test_nothing_is_kept_back_after_a_cancellation(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run(monkeypatch, n_steps=11, seconds=0.4, cancel_at=3)
+    assert (run.n_steps, run.told, run.records) == (3, [1, 3], [3])
+
+
+@pytest.mark.parametrize("poison", [False, True])
+def test_a_record_that_fails_does_not_keep_the_engine_from_its_end(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path, poison: bool
+) -> None:
+    closed, inbox = Mock(), Parent()
+    step = Mock(side_effect=RuntimeError("out of memory")) if poison else FakeStep(64, 16)
+    record = Mock(side_effect=MemoryError("no room"))
+    built = Built(step, closed, SchedulerConfig(64), 512, "fake", record=record)
+    monkeypatch.setattr(engine_process, "_load", lambda *_: built)
+    inbox.put(Submit(request(1, "abcd", 3)))
+    connection = Mock()
+    assert engine_process._load_and_run(connection, settings(tmp_path), "", inbox) == (1 if poison else 0)
+    assert (connection.send.call_args.args == (Failed("RuntimeError: out of memory"),)) is poison
+    assert closed.called is not poison
+    assert "the routing record could not be written" in caplog.text

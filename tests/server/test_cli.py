@@ -50,6 +50,17 @@ def test_usage_is_2() -> None:
     assert hybrid().returncode == 2
 
 
+def test_the_home_of_nobody_is_a_usage_error() -> None:
+    done = hybrid("serve", "--model", "~no-such-user/x")
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    words = "expected a path (after ~, of a user with a home directory), found '~no-such-user/x'"
+    assert done.stderr.splitlines()[-1].endswith(f"argument --model: {words}")
+    done = hybrid("serve", env={"HYBRID_MODEL": "~no-such-user/x"})
+    assert done.returncode == 78
+    assert one_line(done).startswith("hybrid: HYBRID_MODEL=~no-such-user/x: expected a path")
+
+
 @pytest.mark.parametrize(
     ("line", "env", "words"),
     [

@@ -24,6 +24,8 @@ def test_a_planned_server(tiny_model: Path) -> None:
     assert body["max_model_len"] == 2048
     assert body["plan"]["settings"]["pages_on_device"] == 77
     assert body["plan"]["settings"]["ring"] == "0 B"
+    assert body["plan"]["model"] == "tiny"  # as clients call it, whatever the plan's file says
+    assert body["routing"] == "uniform law"
     decode, prompt = body["predicted_against_achieved"]
     times = {
         "achieved_median": 0.5,
@@ -52,6 +54,12 @@ def test_while_it_loads(tiny_model: Path) -> None:
     body = answer.body
     assert (body["status"], body["device"], body["plan"], body["profile"]) == ("loading", None, None, None)
     assert body["predicted_against_achieved"] == []
+
+
+def test_while_it_drains(tiny_model: Path) -> None:
+    with fake_server(tiny_model) as server:
+        server.service.draining = True
+        assert info(server).body["status"] == server.ask("GET", "/readyz").body["status"] == "draining"
 
 
 def test_it_asks_for_the_key_and_tells_no_secrets(tiny_model: Path) -> None:

@@ -65,6 +65,8 @@ def test_from_text(field: str, text: str, value: object) -> None:
         ("device", "gpu"),
         ("drain_seconds", "-1"),
         ("drain_seconds", "nan"),
+        ("model", "~no-such-user/x"),
+        ("plan", "~no-such-user/p.yaml"),
     ],
 )
 def test_from_text_refuses(field: str, text: str) -> None:

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -106,15 +107,6 @@ def test_experts_that_cannot_be_made(tmp_path: Path, model: ModelConfig, hardwar
     assert "settings.expert_format: bf16 experts cannot be made of this model's int4" in refusal(path, model, hardware)
 
 
-@pytest.mark.parametrize(
-    "key", ["threads", "page_size", "pages_on_device", "max_batch_tokens", "max_running", "max_model_len"]
-)
-def test_numbers_that_nothing_runs_with(tmp_path: Path, model: ModelConfig, hardware: Hardware, key: str) -> None:
-    path = tmp_path / "plan.yaml"
-    write_plan(path, plans.plan(model, hardware, **{key: 0}))
-    assert f"settings.{key}: expected a whole number above 0" in refusal(path, model, hardware)
-
-
 def test_requests_longer_than_the_model_allows(tmp_path: Path, model: ModelConfig, hardware: Hardware) -> None:
     path, longest = tmp_path / "plan.yaml", model.max_position_embeddings
     write_plan(path, plans.plan(model, hardware, max_model_len=longest))
@@ -135,9 +127,10 @@ def test_rates(tmp_path: Path, hardware: Hardware) -> None:
     assert (rates.profile.name, rates.words) == ("here", "here")
 
 
-def test_a_profile_of_other_hardware(tmp_path: Path, hardware: Hardware) -> None:
+@pytest.mark.parametrize("changes", [{"cpu": "another"}, {"cores": 1 << 20}, {"cpu_quota": 0.5}, {"tiers": ()}])
+def test_a_profile_of_other_hardware(tmp_path: Path, hardware: Hardware, changes: dict[str, Any]) -> None:
     path = tmp_path / "profile.yaml"
-    write_profile(path, plans.profile(replace(hardware, cpu="another"), "there"))
+    write_profile(path, replace(plans.profile(hardware, "there"), hardware=replace(hardware, **changes)))
     rates = load_rates(ServerSettings(model=tmp_path), path, hardware)
     assert rates.profile is None
     assert rates.words == "the profile there is of other hardware than this machine's: run `hybrid measure`"

@@ -4,14 +4,21 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from hybrid.config import ModelConfig
+from placement.plan import write_plan
 from placement.planner import shipped_profiles
+from placement.probe import find_hardware
+from placement.profile import write_profile
+from server import planning
 from server.__main__ import main
+from tests.reference import plans
 from tests.reference.k25 import K25_TEXT
 
 A = "ddr5-4800-8ch_rtx4090"
@@ -209,3 +216,143 @@ def test_a_goal_that_is_none(k25: str, text: str, capsys: pytest.CaptureFixture[
 def test_a_profile_that_is_nowhere(k25: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", k25, "--profile", "rtx5090"]) == 78
     assert A in said(capsys)[1]
+
+
+def edited(path: Path, values: dict[str, Any], *keys: Any, to: Any) -> str:
+    """A file of these values with one of them replaced."""
+    inner = values
+    for key in keys[:-1]:
+        inner = inner[key]
+    inner[keys[-1]] = to
+    path.write_text(yaml.safe_dump(values))
+    return str(path)
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The one line of a command that ends with 78."""
+    said(capsys)
+    assert main(list(arguments)) == 78
+    (line,) = said(capsys)[1].strip().splitlines()
+    return line
+
+
+def test_simulating_with_a_plan_of_something_else(k25: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "plan.yaml"
+    assert main(["plan", k25, "--profile", A, "--out", str(path)]) == 0
+    line = refused(capsys, "simulate", k25, "--profile", C, "--plan", str(path))
+    assert "which is other hardware than the profile" in line
+    small = str(Path(__file__).parents[2] / "server" / "default_model.json")
+    assert "config.json differs from this model's" in refused(
+        capsys, "simulate", small, "--profile", A, "--plan", str(path)
+    )
+    values = yaml.safe_load(path.read_text())
+    other = edited(tmp_path / "slots.yaml", values, "settings", "slots", to=[1, 2])
+    line = refused(capsys, "simulate", k25, "--profile", A, "--plan", other)
+    assert f"{other}: settings.slots: expected none, or one for each of 60 MoE layers" in line
+
+
+@pytest.mark.parametrize(
+    ("keys", "value"),
+    [
+        (("memory", "read"), {}),
+        (("kernels", 0, "seconds"), {}),
+        (("kernels", 0, "seconds", 1), "0 us"),
+        (("kernels", 0, "name"), "numba"),
+        (("kernels", 0, "hidden"), 0),
+        (("device", "kv_read"), "0 GB/s"),
+        (("device", "attention_prefill"), "0 FLOP/s"),
+        (("device", "gemms", 0, "size"), 0),
+        (("link", "to_device"), "0 B/s"),
+    ],
+)
+@pytest.mark.parametrize("command", ["plan", "simulate"])
+def test_rates_that_are_none_are_one_line(
+    k25: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], keys: tuple[Any, ...], value: Any, command: str
+) -> None:
+    values = yaml.safe_load(shipped_profiles()[A].read_text())
+    path = edited(tmp_path / "bad.yaml", values, *keys, to=value)
+    assert f"hybrid: {path}: {keys[0]}" in refused(capsys, command, k25, "--profile", path)
+
+
+@pytest.mark.parametrize("key", ["page_size", "max_batch_tokens", "threads"])
+def test_settings_that_are_none_are_one_line(
+    k25: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], key: str
+) -> None:
+    path = tmp_path / "plan.yaml"
+    assert main(["plan", k25, "--profile", A, "--out", str(path)]) == 0
+    edited(path, yaml.safe_load(path.read_text()), "settings", key, to=0)
+    expected = f"hybrid: {path}: settings.{key}: expected a whole number of at least 1, found 0"
+    model = str(Path(k25).parent)
+    for arguments in (["simulate", k25, "--profile", A], ["tune", model, "--profile", A]):
+        assert refused(capsys, *arguments, "--plan", str(path)) == expected
+    assert refused(capsys, "plan", k25, "--profile", A, "--json", "--compare", str(path)) == expected
+
+
+def test_nobody_reads_on(k25: str) -> None:
+    """As `hybrid plan … --json | true`."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "server", "plan", k25, "--profile", A, "--json"]
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=60)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
+def test_a_fault_without_a_file_is_named(
+    k25: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError("no such thing")
+
+    monkeypatch.setattr(planning, "_make_plan", fail)
+    assert main(["plan", k25]) == 1
+    assert said(capsys)[1] == "hybrid: no such thing\n"
+
+
+class Measured(Exception):
+    """What a run of `hybrid measure` starts from."""
+
+
+@pytest.mark.parametrize("changes", [{"cores": 1 << 20}, {"cpu_quota": 0.5}, {"cpu": "another"}])
+def test_rates_of_other_cores_are_not_gone_on_with(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
+) -> None:
+    """This machine's own profile is measured anew, a named one is left alone."""
+    import placement.measure
+
+    def caught(hardware: object, previous: object, *_: object) -> None:
+        raise Measured(previous)
+
+    monkeypatch.setattr(placement.measure, "measure", caught)
+    hardware = find_hardware()
+    named, own = tmp_path / "named.yaml", planning.default_profile(os.environ)
+    own.parent.mkdir(parents=True)
+    for path in (named, own):
+        write_profile(path, plans.profile(hardware))
+        with pytest.raises(Measured) as started:
+            main(["measure", *(["--out", str(path)] if path == named else [])])
+        assert started.value.args[0].hardware == hardware
+        write_profile(path, plans.profile(replace(hardware, **changes)))
+    assert "of other hardware than this machine, or other cores; --again replaces it" in refused(
+        capsys, "measure", "--out", str(named)
+    )
+    with pytest.raises(Measured) as started:
+        main(["measure"])
+    assert started.value.args == (None,)
+    assert said(capsys)[1] == f"{own}: of other hardware than this machine, or other cores: measured anew\n"
+
+
+def test_rates_of_other_cores_are_told_and_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where nobody named the profile; `hybrid tune` refuses a named one."""
+    small = Path(__file__).parents[2] / "server" / "default_model.json"
+    hardware, path = find_hardware(), tmp_path / "plan.yaml"
+    own = planning.default_profile(os.environ)
+    own.parent.mkdir(parents=True)
+    write_profile(own, plans.profile(replace(hardware, cores=1 << 20)))
+    assert main(["plan", str(small), "--json"]) == 0
+    out, err = said(capsys)
+    assert json.loads(out)["prediction"] is None
+    assert err == f"{own}: of other hardware than this machine, or other cores; run `hybrid measure`\n"
+    write_plan(path, plans.plan(ModelConfig.from_json(json.loads(small.read_text())), hardware))
+    line = refused(capsys, "tune", str(small), "--plan", str(path), "--profile", str(own))
+    assert line.startswith(f"hybrid: --profile {own}: made on other hardware than this machine's, or with other cores")

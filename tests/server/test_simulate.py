@@ -220,6 +220,19 @@ def test_the_servers_longest_request_counts() -> None:
     ]
 
 
+def test_a_prompt_that_is_refused_is_never_written_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten million ids are 80 MB."""
+
+    def prompt(self: Agent, turn: int) -> tuple[int, ...]:
+        raise AssertionError("written out")
+
+    monkeypatch.setattr(Agent, "prompt", prompt)
+    report = simulate(Workload((agent(0, (10_000_000, 5, 0.0)),)), ROOMY, linear, 1000)
+    assert [r.reason for r in report.refused] == [
+        "10000000 prompt tokens and an answer of 5 are more than the 1000 that a request may have"
+    ]
+
+
 def test_nothing_but_refusals() -> None:
     work = Workload(tuple(agent(i, (60_000, 1, 0.0)) for i in range(7)))
     report = simulate(work, ROOMY, linear)

@@ -89,6 +89,21 @@ def test_a_count_has_a_least_value() -> None:
 # A swarm
 
 
+@pytest.mark.parametrize("text", ["0", "0..3", "0.4", "0~2"])
+@pytest.mark.parametrize("flag", ["--output", "--turns"])
+def test_nothing_to_do_is_refused_by_name(flag: str, text: str) -> None:
+    given = {"--output": LENGTH, "--turns": LENGTH} | {flag: Distribution.parse(text)}
+    with pytest.raises(WorkloadError, match=rf"^{flag}: expected 1 or more, found 0"):
+        swarm(1, 10, LENGTH, given["--output"], given["--turns"])
+
+
+def test_a_prompt_of_nothing_is_refused_by_name() -> None:
+    nothing = Distribution.parse("0")
+    with pytest.raises(WorkloadError, match=r"^--private: expected 1 or more where nothing is shared, found 0"):
+        swarm(1, 0, nothing, LENGTH)
+    assert swarm(1, 10, nothing, LENGTH).agents[0].prompt_tokens(0) == 10
+
+
 def test_agents_share_the_first_prompt_and_nothing_else() -> None:
     found = swarm(3, 100, LENGTH, Distribution.parse("5"))
     prompts = [agent.prompt(0) for agent in found.agents]
@@ -130,8 +145,11 @@ def test_a_swarm_is_a_function_of_its_seed() -> None:
 
 
 def test_there_is_always_something_to_ask_and_to_answer() -> None:
-    found = swarm(2, 0, Distribution.parse("0"), Distribution.parse("0"), Distribution.parse("0"))
-    assert [(len(agent.prompt(0)), [t.output for t in agent.turns]) for agent in found.agents] == [(1, [1])] * 2
+    """Log-normals with a mean of 1 and a tail: most draws round to 0."""
+    skewed = Distribution.parse("1~30")
+    found = swarm(100, 0, skewed, skewed, skewed)
+    assert min(agent.prompt_tokens(0) for agent in found.agents) == 1
+    assert min(turn.output for agent in found.agents for turn in agent.turns) == 1
 
 
 @pytest.mark.parametrize(("agents", "shared"), [(0, 10), (-1, 10), (1, -1), (1, 10**9)])

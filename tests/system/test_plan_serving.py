@@ -8,17 +8,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
+from unittest.mock import Mock
 
 import pytest
 
 from hybrid.config import ModelConfig
+from hybrid.engine import Engine
 from offload.topology import find_topology
 from placement.hardware import Hardware
 from placement.plan import Plan, write_plan
 from placement.probe import find_hardware
 from placement.profile import write_profile
 from placement.routing import read_routing
+from server import engine_builder
 from tests.reference import plans
 from tests.system.serving import NO_STOP, ROOT, Server, environment, free_port, stop, wait_ready
 
@@ -78,8 +82,10 @@ def test_a_plan_and_a_profile_in_force(tmp_path: Path, model_dir: Path, model: M
     flags = ("--plan", str(plan), "--profile", str(profile), "--record-routing", str(record))
     with serving(model_dir, tmp_path, *flags) as server:
         log = server.log.read_text()
-        assert "200 tokens of context, 77 pages of 8" in log
-        assert "device KV: 77 pages of 8 tokens" in log
+        # The ledger is drawn anew, with what is free now: the file's own has one line.
+        assert "device KV: 77 pages of 8 tokens" in " ".join(log.split())
+        assert "steps are predicted with the profile made-up, every expert equally likely" in log
+        assert "what it will bring" not in log  # the plan was made without rates
         with server.client() as client:
             client.completions.create(model=server.name, prompt=[65] * 100, max_tokens=20, logit_bias=NO_STOP)
         found = info(server, 22)
@@ -102,18 +108,26 @@ def test_a_server_plans_for_itself(tmp_path: Path, model_dir: Path, model: Model
     (tmp_path / "hybrid").mkdir()
     write_profile(tmp_path / "hybrid" / "profile.yaml", plans.profile(hardware, "its-own"))
     sizes = ("--max-running", "4", "--max-model-len", "512", "--kv-memory", "8MB", "--device", "cpu")
-    with serving(model_dir, tmp_path, "--expert-precision", "a16", *sizes) as server:
+    flags = ("--expert-precision", "a16", "--experts", "auto", "--served-model-name", "clever")
+    with serving(model_dir, tmp_path, *flags, *sizes) as server:
         log = server.log.read_text()
         assert "where the bytes go" in log
-        assert "predicted with the profile its-own" in log
+        assert "what it will bring (predicted from measured rates)" in log
+        assert "steps are predicted with the profile its-own, every expert equally likely" in log
         with server.client() as client:
-            client.completions.create(model=server.name, prompt="abc", max_tokens=5, logit_bias=NO_STOP)
+            client.completions.create(model="clever", prompt="abc", max_tokens=5, logit_bias=NO_STOP)
         found = info(server, 5)
+    assert (found["model"], found["plan"]["model"]) == ("clever", "clever")
     settings = found["plan"]["settings"]
     assert (settings["max_running"], settings["max_model_len"], settings["expert_precision"]) == (4, 512, "a16")
     assert settings["threads"] == len(find_topology().places)  # though the profile read as fast with one
     latent = model.kv_lora_rank + model.qk_rope_head_dim
     assert settings["pages_on_device"] == 8_000_000 // (16 * latent * 4 * model.num_hidden_layers)
+    assert settings["experts"] == "numba"
+    reasons = {choice["what"]: choice["reason"] for choice in found["plan"]["choices"]}
+    assert reasons["requests"] == reasons["KV pages"] == "as asked"
+    assert reasons["step"] == "the server's default"
+    assert reasons["threads"] == "one for each physical core, up to the CPU quota"
     assert found["profile"] == "its-own"
     assert [line["size"] for line in found["plan"]["prediction"]["decode"]] == [1, 2, 4]
     assert all(line["predicted_median"] > 2e-3 for line in found[TABLE])
@@ -133,6 +147,17 @@ def test_without_rates_one_line_says_so(tmp_path: Path, model_dir: Path, hardwar
         found = info(server)
     assert found["plan"]["prediction"] is None
     assert f"no predictions: {found['profile']}" == words
+
+
+def test_the_plan_says_who_runs_the_experts(model: ModelConfig, hardware: Hardware) -> None:
+    loaded = cast(Engine, SimpleNamespace(config=SimpleNamespace(experts="kt")))
+    assert engine_builder._as_loaded(plans.plan(model, hardware), loaded).settings.experts == "kt"
+
+
+def test_a_user_without_a_home_has_no_default_profile(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_builder.os, "environ", {})
+    monkeypatch.setattr(Path, "home", Mock(side_effect=RuntimeError("could not determine home directory")))
+    assert engine_builder._default_profile() is None
 
 
 def refusal(model: Path, home: Path, *flags: str) -> str:
@@ -172,7 +197,7 @@ def too_large(plan: Plan) -> Plan:
         (other_machine, "made for a test's machine, which is other hardware"),
         (beyond_the_engine, "the plan needs experts in VRAM, streaming prefill, which this version does not run"),
         (not_packed, "the plan maps the experts from a packed file: run `hybrid pack MODEL` first"),
-        (too_large, "the plan does not fit now: "),
+        (too_large, f"the plan does not fit now: its {2**40} pages need "),
     ],
 )
 def test_plans_that_are_refused(
