@@ -6,6 +6,7 @@ is one line that names the file and the key. Knows no profile and no plan; `prof
 with the types below.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import math
@@ -117,8 +118,13 @@ def write_document(path: Path, kind: str, version: int, value: Any) -> None:
     """Write a dataclass under a header; the file is whole or not there. Raises OSError."""
     text = yaml.safe_dump({"document": kind, "version": version, **to_plain(value)}, sort_keys=False, width=120)
     scratch = path.with_name(f".{path.name}.part")
-    scratch.write_text(text, encoding="utf-8")
-    scratch.replace(path)
+    try:
+        scratch.write_text(text, encoding="utf-8")
+        scratch.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            scratch.unlink()
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def read_document(path: Path, kind: str, version: int, cls: type[T]) -> T:

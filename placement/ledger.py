@@ -110,21 +110,6 @@ class Placement:
         """Sum of the entries of one place."""
         return sum(entry.n_bytes for entry in self.entries if entry.where == where)
 
-    def table(self) -> str:
-        """The ledger as text: every entry, the sums against what is free, the notes."""
-        lines = [f"  {e.where:<7}{e.what:<52}{human(e.n_bytes):>11}" for e in self.entries]
-        return "\n".join(["where the bytes go", *lines, *self._sums(), *(f"  note: {note}" for note in self.notes)])
-
-    def _sums(self) -> list[str]:
-        facts = self.facts
-        device, ram = self.n_bytes("device"), self.n_bytes("RAM")
-        if facts.device == "cpu":  # one memory plays both parts
-            return [sum_line("device + RAM: memory", device + ram, facts.ram_free)]
-        return [
-            sum_line(f"device: {facts.device_name}", device, facts.device_free),
-            sum_line("RAM", ram, facts.ram_free),
-        ]
-
 
 def place(model: ModelConfig, facts: Facts, wishes: Wishes) -> Placement:
     """Settle pages and context length. Raises PlacementError with the numbers and the nearest remedy."""
@@ -260,11 +245,6 @@ def pack_command(wishes: Wishes) -> str:
     """What makes the packed file of the experts in the format that is wished for."""
     target = wishes.expert_target
     return "hybrid pack MODEL" + (f" --expert-format {target}" if target != "native" else "")
-
-
-def sum_line(what: str, used: int, free: int) -> str:
-    """A sum of the ledger against what is free."""
-    return f"  = {what:<57}{human(used):>11} of {human(free)} free"
 
 
 def human(n_bytes: float) -> str:

@@ -203,7 +203,8 @@ def _within(model: ModelConfig, goal: Goal, wishes: Wishes) -> tuple[Goal, tuple
         agent = swarm_of(1, limit)
         context = max(context, agent.shared_tokens + agent.private_tokens + agent.answer_tokens)
     if context <= limit:
-        return replace(goal, context=context), ()
+        longer = f"planned for {context} tokens of context, which the swarm's agents need"
+        return replace(goal, context=context), (longer,) if context > goal.context else ()
     return replace(goal, context=limit), (f"planned for {limit} tokens of context, the most there can be",)
 
 

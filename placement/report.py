@@ -6,7 +6,7 @@ Decides nothing and prints nothing. Called by the commands and by the engine pro
 from collections.abc import Iterable, Iterator
 
 from placement.forecast import human_seconds
-from placement.ledger import human, sum_line
+from placement.ledger import human
 from placement.plan import Plan, Point
 from placement.planner import UNUSED
 
@@ -38,10 +38,10 @@ def _sums(plan: Plan) -> Iterator[str]:
         sums[line.where] += line.size
     if plan.settings.device == "cpu":  # one memory plays both parts
         both = used["device"] + used["RAM"]
-        yield sum_line("device + RAM: memory", both, both + left["RAM"])
+        yield _sum_line("device + RAM: memory", both, both + left["RAM"])
     else:
-        yield sum_line("device", used["device"], used["device"] + left["device"])
-        yield sum_line("RAM", used["RAM"], used["RAM"] + left["RAM"])
+        yield _sum_line("device", used["device"], used["device"] + left["device"])
+        yield _sum_line("RAM", used["RAM"], used["RAM"] + left["RAM"])
 
 
 def _prediction(plan: Plan) -> Iterator[str]:
@@ -117,3 +117,8 @@ def _measured(point: Point) -> str:
 
 def _number(value: float) -> str:
     return f"{value:.3g}" if value < 100 else f"{value:,.0f}"
+
+
+def _sum_line(what: str, used: int, free: int) -> str:
+    """A sum of the ledger against what is free."""
+    return f"  = {what:<57}{human(used):>11} of {human(free)} free"

@@ -76,7 +76,9 @@ def load_rates(settings: ServerSettings, default: Path | None, hardware: Hardwar
     Raises DocumentError for a named one that is bad or of other hardware.
     """
     path = settings.profile or default
-    if path is None or (settings.profile is None and not path.exists()):
+    if path is None or (
+        settings.profile is None and not os.path.exists(path)
+    ):  # False, not an error, in a closed folder
         return Rates(None, "there is no profile of this machine: run `hybrid measure`")
     try:
         profile = read_profile(path)

@@ -32,11 +32,13 @@ from placement.profile import Profile, read_profile, write_profile
 from placement.routing import Routing, read_routing, uniform
 from server import simulate, timeline, workload
 from server.default_model import cache_directory
+from server.options import SettingsError
 from server.planning_args import LENGTHS
 from server.scheduler import SchedulerConfig
 
 CONFIGURATION, FAILURE = 78, 1
 CONCURRENCY: dict[GoalKind, int] = {"latency": 1, "throughput": 16, "swarm": 100}
+SETTLED = {"context": None, "concurrency": None, "dtype": None, "expert_format": "native", "servable": False}
 CONTEXT = 8192  # tokens of a request, where nobody says and the model allows it
 
 Environ = Mapping[str, str]
@@ -100,6 +102,9 @@ def _measure(given: argparse.Namespace, environ: Environ) -> int:
 
 def _plan(given: argparse.Namespace, environ: Environ) -> int:
     model = _model(given.model)
+    if given.json and (given.explain or given.compare):
+        raise SettingsError("--json has the reasons in it, and cannot show a comparison: leave out the other flag")
+    other = read_plan(given.compare) if given.compare else None  # before --out, which may name the same file
     try:
         plan, status = _make_plan(given, environ, model), 0
     except planner.DoesNotFit as error:
@@ -107,6 +112,8 @@ def _plan(given: argparse.Namespace, environ: Environ) -> int:
         if error.nearest is None:
             return CONFIGURATION
         plan, status = error.nearest, CONFIGURATION
+        if given.out:
+            _tell(f"not written: {given.out}: this is the nearest plan, not the one asked for")
     if given.out and status == 0:
         write_plan(given.out, plan)
     if given.json:
@@ -116,8 +123,8 @@ def _plan(given: argparse.Namespace, environ: Environ) -> int:
         _print(report.table(plan))
     if given.explain:
         _print(report.explain(plan))
-    if given.compare:
-        _print(report.compare(plan, read_plan(given.compare)))
+    if other is not None:
+        _print(report.compare(plan, other))
     return status
 
 
@@ -125,6 +132,8 @@ def _make_plan(given: argparse.Namespace, environ: Environ, model: ModelConfig) 
     """The plan that the flags ask for. Raises PlacementError, DocumentError, CostError, RoutingError."""
     profile = _profile(given.profile, environ)
     kind, agents = given.goal
+    if kind == "swarm" and given.concurrency:
+        raise SettingsError(f"--concurrency beside --goal swarm:{agents}: the goal says how many; leave one out")
     goal = Goal(
         kind,
         given.context or min(CONTEXT, model.max_position_embeddings),
@@ -177,6 +186,9 @@ def _simulate(given: argparse.Namespace, environ: Environ) -> int:
     model = _model(given.model)
     routing, profile = _routing(given, model), _profile(given.profile, environ)
     if given.plan:
+        for name, value in SETTLED.items():
+            if getattr(given, name) != value:
+                raise SettingsError(f"--{name.replace('_', '-')} is settled by --plan {given.plan}; leave one out")
         plan = read_plan(given.plan)
         check_fresh(given.plan, plan, model, fingerprint(profile.hardware), f"the profile {profile.name}")
         check_slots(given.plan, plan, model)
@@ -193,9 +205,9 @@ def _simulate(given: argparse.Namespace, environ: Environ) -> int:
     )
     with _bar() as show:
         done = simulate.simulate(work, config, simulate.clock(rates), settings.max_model_len, show)
+    _print(simulate.to_json(done) if given.json else simulate.text(done))
     if given.plot:
         timeline.plot(done, given.plot)
-    _print(simulate.to_json(done) if given.json else simulate.text(done))
     return 0
 
 
@@ -235,7 +247,7 @@ def _profile(named: str | None, environ: Environ) -> Profile:
             raise DocumentError(f"--profile {named}: no such file; shipped profiles are {', '.join(shipped)}")
         return read_profile(shipped.get(named, Path(named)))
     path, hardware = default_profile(environ), find_hardware(tell=_tell)
-    if path.exists():
+    if os.path.exists(path):  # False, not an error, where the folder may not be searched
         profile = read_profile(path)
         if fingerprint(profile.hardware) == fingerprint(hardware):
             return profile

@@ -84,9 +84,8 @@ def test_k25_on_a_workstation() -> None:
     assert placement.n_bytes("device") <= WORKSTATION.device_free
     assert placement.n_bytes("RAM") == expert_bytes(K25, "int4") + BUFFERS
     assert placement.notes == ()
-    table = placement.table()
-    assert "routed experts, int4, packed" in table
-    assert "570.76 GB" in table
+    (experts,) = [entry for entry in placement.entries if entry.what == "routed experts, int4, packed"]
+    assert (experts.where, experts.n_bytes) == ("RAM", 60 * 384 * 24_772_608)
 
 
 def test_pages_are_capped_by_what_can_run() -> None:
@@ -158,7 +157,7 @@ def test_experts_larger_than_ram_need_a_packed_file() -> None:
         place(K25, small, replace(WISHES, expert_target="int8"))
     placement = place(K25, small, replace(WISHES, packed=True))
     assert any("570.76 GB of page cache" in note for note in placement.notes)
-    assert "routed experts, int4, mapped from the packed file" in placement.table()
+    assert "routed experts, int4, mapped from the packed file" in [entry.what for entry in placement.entries]
 
 
 def test_cpu_counts_its_memory_once() -> None:

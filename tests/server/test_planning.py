@@ -59,10 +59,91 @@ def test_a_plan_is_written_read_and_compared(k25: str, tmp_path: Path, capsys: p
     shown = json.loads(said(capsys)[0])
     written = yaml.safe_load(first.read_text())
     assert {key: value for key, value in written.items() if key not in ("document", "version")} == shown
-    assert main(["plan", k25, "--profile", C, "--goal", "swarm:50", "--explain", "--compare", str(first)]) == 0
+    options = ["--goal", "swarm:50", "--explain", "--compare", str(first), "--out", str(second)]
+    assert main(["plan", k25, "--profile", C, *options]) == 0
     out, _ = said(capsys)
-    assert "swarm" in out
-    assert second.exists() is False
+    assert "\nwhy\n" in out
+    assert A in out and C in out
+    assert "swarm of 50" in out
+    assert yaml.safe_load(second.read_text())["goal"]["concurrency"] == 50
+
+
+def test_a_plan_is_compared_with_what_was_there_before(
+    k25: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "plan.yaml"
+    assert main(["plan", k25, "--profile", A, "--out", str(path)]) == 0
+    assert main(["plan", k25, "--profile", C, "--out", str(path), "--compare", str(path)]) == 0
+    assert A in said(capsys)[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "key", "value"),
+    [
+        (["--context", "4096"], ("goal", "context"), 4096),
+        (["--goal", "throughput", "--concurrency", "3"], ("goal", "concurrency"), 3),
+        (["--dtype", "fp8"], ("settings", "weights"), "fp8"),
+        (["--expert-format", "int8"], ("settings", "expert_format"), "int8"),
+        (["--servable"], ("settings", "ring"), "0 B"),
+    ],
+)
+def test_flags_reach_the_plan(
+    k25: str, tmp_path: Path, options: list[str], key: tuple[str, str], value: object
+) -> None:
+    path = tmp_path / "plan.yaml"
+    profile = yaml.safe_load(shipped_profiles()[C].read_text())
+    profile["kernels"].append(dict(profile["kernels"][0], name="numba/avx512vnni/int8/a8"))
+    (tmp_path / "profile.yaml").write_text(yaml.safe_dump(profile))
+    before, after = tmp_path / "before.yaml", path
+    start = ["plan", k25, "--profile", str(tmp_path / "profile.yaml")]
+    assert main([*start, "--out", str(before)]) == 0
+    status = main([*start, *options, "--out", str(after)])
+    assert status == 0
+    found = yaml.safe_load(after.read_text())[key[0]][key[1]]
+    assert found == value
+    assert yaml.safe_load(before.read_text())[key[0]][key[1]] != value
+
+
+def test_a_recorded_routing_reaches_the_plan(k25: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    chosen = {str(layer): [1000] * 8 + [1] * 376 for layer in range(1, 61)}
+    record = tmp_path / "routing.json"
+    record.write_text(json.dumps({"document": "hybrid routing", "version": 1, "tokens": 1000, "chosen": chosen}))
+    speeds = []
+    for options in ([], ["--routing", str(record)]):
+        assert main(["plan", k25, "--profile", C, "--json", *options]) == 0
+        speeds.append(json.loads(said(capsys)[0])["prediction"]["decode"][0]["tokens_per_second"])
+    assert speeds[1] > 1.3 * speeds[0]
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        (["plan", "--json", "--explain"], "--json has the reasons in it"),
+        (["plan", "--goal", "swarm:9", "--concurrency", "2"], "--concurrency beside --goal swarm:9"),
+        (["simulate", "--plan", "x.yaml", "--dtype", "fp8"], "--dtype is settled by --plan x.yaml"),
+        (["plan", "--out", "/nonexistent/p.yaml"], "/nonexistent/p.yaml: No such file or directory"),
+        (["plan", "--compare", "/nonexistent/p.yaml"], "/nonexistent/p.yaml: cannot be read"),
+        (["simulate", "--turns", "none"], "--turns"),
+        (["simulate", "--goal", "swarm:2", "--plot", "/nonexistent/p.svg", "--output", "4"], "/nonexistent/p.svg"),
+    ],
+)
+def test_one_line_for_each_mistake(k25: str, line: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    assert main([line[0], k25, "--profile", C, *line[1:]]) in (1, 78)
+    _, err = said(capsys)
+    (only,) = err.strip().splitlines()
+    assert words in only
+
+
+def test_other_hardware_is_not_this_machine(k25: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A default profile that was copied from elsewhere is left out, and told."""
+    cache = tmp_path / "cache" / "hybrid"
+    cache.mkdir(parents=True)
+    (cache / "profile.yaml").write_text(shipped_profiles()[C].read_text())
+    main(["plan", k25])
+    out, err = said(capsys)
+    assert "of other hardware than this machine" in err
+    assert C not in out
 
 
 def test_the_same_plan_twice_is_the_same_file(k25: str, tmp_path: Path) -> None:
@@ -84,15 +165,16 @@ def test_a_plan_loads_neither_torch_nor_numba_and_answers_soon(k25: str) -> None
 
 
 def test_what_does_not_fit_says_so_and_what_does(k25: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    small = smaller_ram(tmp_path, "16 GiB")
+    small = smaller_ram(tmp_path, "256 GiB")
     assert main(["plan", k25, "--profile", small, "--servable"]) == 78
-    _, err = said(capsys)
+    out, err = said(capsys)
     assert len(err.strip().splitlines()) == 1
-    assert "GB" in err
+    assert "GB free" in err
+    assert "the nearest plan that fits: experts mapped" in out
 
 
 def smaller_ram(tmp_path: Path, size: str) -> str:
-    values = yaml.safe_load(shipped_profiles()[A].read_text())
+    values = yaml.safe_load(shipped_profiles()[C].read_text())
     values["hardware"]["ram"] = values["hardware"]["ram_installed"] = size
     path = tmp_path / "small.yaml"
     path.write_text(yaml.safe_dump(values))
@@ -285,7 +367,7 @@ def test_settings_that_are_none_are_one_line(
     model = str(Path(k25).parent)
     for arguments in (["simulate", k25, "--profile", A], ["tune", model, "--profile", A]):
         assert refused(capsys, *arguments, "--plan", str(path)) == expected
-    assert refused(capsys, "plan", k25, "--profile", A, "--json", "--compare", str(path)) == expected
+    assert refused(capsys, "plan", k25, "--profile", A, "--compare", str(path)) == expected
 
 
 def test_nobody_reads_on(k25: str) -> None:
