@@ -124,7 +124,8 @@ def write_document(path: Path, kind: str, version: int, value: Any) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             scratch.unlink()
-        raise OSError(error.errno, error.strerror, str(path)) from None
+        error.filename = str(path)  # the name that the caller knows
+        raise
 
 
 def read_document(path: Path, kind: str, version: int, cls: type[T]) -> T:
