@@ -1,5 +1,6 @@
 """placement.document: what is written is read again, and whatever else is in a file is one line about a key of it."""
 
+import errno
 import math
 import re
 from dataclasses import dataclass
@@ -291,10 +292,10 @@ class TestRoundTrip:
 
         def write_half(self: Path, text: str, encoding: str) -> int:
             self.write_bytes(text.encode(encoding)[: len(text) // 2])
-            raise OSError("no space left on device")
+            raise OSError(errno.ENOSPC, "No space left on device")
 
         monkeypatch.setattr(Path, "write_text", write_half)
-        with pytest.raises(OSError, match="no space"):
+        with pytest.raises(OSError, match="No space left on device"):
             write_document(path, "box", 3, WHOLE)
         assert read_document(path, "box", 3, Whole) == WHOLE
 
