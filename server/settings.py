@@ -49,7 +49,10 @@ class ServerSettings:
     )
     record_routing: Path | None = field(
         default=None,
-        metadata={"file": True, "help": "file to write how often each expert was chosen, every minute and at the end"},
+        metadata={
+            "file": True,
+            "help": "file to write how often each expert was chosen, every minute, when idle, and at the end",
+        },
     )
 
     device: Device = field(default="auto", metadata={"help": "where everything but the routed experts runs"})
