@@ -11,6 +11,7 @@ from typing import Any
 
 from server import planning_args
 from server.options import Option, SettingsError, read_environment, read_file, refuse_settled, server_options
+from server.planning_args import positive
 from server.settings import ServerSettings
 
 SOURCES = """\
@@ -131,7 +132,7 @@ def _add_chat(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     chat.add_argument("--url", default="http://127.0.0.1:8000", help="the server (default: %(default)s)")
     chat.add_argument("--model", help="model name (default: the first one the server lists)")
     chat.add_argument("--api-key", help="key to send (default: the variable HYBRID_API_KEY)")
-    chat.add_argument("--max-tokens", type=_positive, metavar="N", help="longest answer (default: the server's)")
+    chat.add_argument("--max-tokens", type=positive, metavar="N", help="longest answer (default: the server's)")
     mode = chat.add_mutually_exclusive_group()
     mode.add_argument("--thinking", dest="thinking", action="store_true", default=None, help="let the model reason")
     mode.add_argument("--instant", dest="thinking", action="store_false", help="answer at once")
@@ -162,9 +163,3 @@ def _add_pack(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     pack.add_argument("model", type=Path, metavar="MODEL", help="checkpoint directory (Hugging Face layout)")
     (option,) = (option for option in server_options() if option.field == "expert_format")
     pack.add_argument(option.flag, choices=option.choices, default=option.default, help=described(option))
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number above 0, found {text!r}")
-    return int(text)

@@ -51,7 +51,7 @@ def _add_measure(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "A run that was cut off or ran out of time goes on where it stopped.",
     )
     measure.add_argument("--out", type=Path, metavar="FILE", help="profile to write (default: this machine's own)")
-    measure.add_argument("--seconds", type=_positive, default=60, metavar="N", help="time box (default: %(default)s)")
+    measure.add_argument("--seconds", type=positive, default=60, metavar="N", help="time box (default: %(default)s)")
     measure.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: %(default)s")
     measure.add_argument("--again", action="store_true", help="measure anew what the profile already holds")
     measure.add_argument("--json", action="store_true", help="print the profile as JSON")
@@ -83,10 +83,10 @@ def _add_planning(parser: argparse.ArgumentParser) -> None:
         "--goal", type=goal, default=("latency", None), metavar="GOAL", help=f"{GOALS} (default: latency)"
     )
     parser.add_argument(
-        "--context", type=_positive, metavar="N", help="tokens of a request (default: 8192, or the model's)"
+        "--context", type=positive, metavar="N", help="tokens of a request (default: 8192, or the model's)"
     )
     parser.add_argument(
-        "--concurrency", type=_positive, metavar="N", help="requests at once (default: 1, 16 or the swarm's N, by goal)"
+        "--concurrency", type=positive, metavar="N", help="requests at once (default: 1, 16 or the swarm's N, by goal)"
     )
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "fp8", "int8"), help="of the device weights")
     parser.add_argument("--expert-format", choices=("native", "int8", "int4"), default="native", help="default: native")
@@ -104,7 +104,7 @@ def _add_tune(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     tune.add_argument("model", type=Path, metavar="MODEL", help="checkpoint directory (Hugging Face layout)")
     tune.add_argument("--plan", required=True, type=Path, metavar="FILE", help="the plan to tune; it is updated")
     tune.add_argument("--profile", metavar="FILE|NAME", help="default: this machine's, of `hybrid measure`")
-    tune.add_argument("--seconds", type=_positive, default=120, metavar="N", help="time box (default: %(default)s)")
+    tune.add_argument("--seconds", type=positive, default=120, metavar="N", help="time box (default: %(default)s)")
 
 
 def _add_doctor(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -116,7 +116,7 @@ def _add_doctor(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         "broken.",
     )
     doctor.add_argument("--model", type=Path, metavar="DIR", help="checkpoint directory to look at (default: none)")
-    doctor.add_argument("--threads", type=_positive, metavar="N", help="worker threads, as for serve")
+    doctor.add_argument("--threads", type=positive, metavar="N", help="worker threads, as for serve")
     doctor.add_argument("--isa", choices=get_args(Isa), help="kernel tier, as for serve")
     doctor.add_argument("--json", action="store_true", help="print the findings as JSON")
 
@@ -150,10 +150,11 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
 
 
 def _count(text: str) -> int:
-    return 0 if text == "0" else _positive(text)
+    return 0 if text == "0" else positive(text)
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """A whole number above 0, for argparse."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number above 0, found {text!r}")
     return int(text)
