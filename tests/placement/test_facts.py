@@ -35,6 +35,20 @@ def test_an_overfull_group_has_nothing_free(tmp_path: Path, proc: Path) -> None:
     assert ram(proc, tmp_path / "fs") == (1000, 0)
 
 
+def test_version_1_groups_count_too(tmp_path: Path) -> None:
+    proc, root = tmp_path / "cgroup", tmp_path / "fs"
+    proc.write_text("9:name=systemd:/a\n4:memory:/a/b\n1:cpu:/a\n0::/\n")
+    for folder, limit, used in (("a", 3_000_000, 900_000), ("a/b", 9223372036854771712, 1)):
+        group = root / "memory" / folder
+        group.mkdir(parents=True, exist_ok=True)
+        (group / "memory.limit_in_bytes").write_text(f"{limit}\n")
+        (group / "memory.usage_in_bytes").write_text(f"{used}\n")
+        (group / "memory.stat").write_text(
+            "inactive_file 1\nactive_file 1\ntotal_inactive_file 100000\ntotal_active_file 50000\n"
+        )
+    assert ram(proc, root) == (3_000_000, 2_250_000)
+
+
 def test_without_groups_the_machine_counts(tmp_path: Path) -> None:
     total, free = ram(tmp_path / "none", tmp_path)
     assert total >= free > 10**6
