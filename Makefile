@@ -1,4 +1,4 @@
-# make serve    environment, install, start with the embedded default model (ARGS="--port 9000 …" adds flags)
+# make serve    environment, install, start with nano, the embedded default model (ARGS="--port 9000 …" adds flags)
 # make test     environment, install, lint, types and the whole suite
 # make check    lint, types and import direction only
 # make bench    one engine step timed on a mid-size random checkpoint

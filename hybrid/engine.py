@@ -17,6 +17,7 @@ from hybrid.config import LOGIT_ROWS, ConfigError, EngineConfig, ModelConfig
 from hybrid.inputs import check_rows, row_starts, upload
 from hybrid.kv import allocate
 from hybrid.model import build_model
+from hybrid.moe import Watch
 from hybrid.sampler import sample_rows, score
 from hybrid.weights import load_weights
 from offload.backends import Backend, BackendError, choose
@@ -47,13 +48,18 @@ class Engine:
     """A loaded model. `step` is not re-entrant: one caller at a time."""
 
     def __init__(
-        self, config: EngineConfig, progress: Progress = _silent_progress, notice: Notice = _silent_notice
+        self,
+        config: EngineConfig,
+        progress: Progress = _silent_progress,
+        notice: Notice = _silent_notice,
+        watch: Watch | None = None,
     ) -> None:
-        """Load everything; `progress(stage, bytes done, bytes in all)` and `notice(line)` report meanwhile.
+        """Load everything; `progress(stage, bytes done, bytes in all)` and `notice(line)` report meanwhile. `watch`
+        sees every choice of the routers (`hybrid.moe`).
 
         Raises ConfigError, CheckpointError, BackendError or a plain ValueError, one line for the user each.
         """
-        self._config = config
+        self._config, self._watch = config, watch
         self._device = _device(config.device)
         dtype = DTYPES[config.dtype]
         self.model = ModelConfig.from_directory(config.model)
@@ -67,7 +73,7 @@ class Engine:
         # Weights first: they are the smaller part, and tell soonest that checkpoint and config.json do not fit.
         self._tensors = load_weights(self._checkpoint, self.model, self._device, dtype, progress, notice)
         self._experts = self._open_experts(backend, topology, progress, notice)
-        self._transformer = build_model(self.model, self._tensors, self._experts, config.mla)
+        self._transformer = build_model(self.model, self._tensors, self._experts, config.mla, watch)
         self._cache = allocate(self.model, config.n_pages, config.page_size, dtype, self._device)
 
     def step(self, batch: Batch) -> StepOutput:
@@ -105,7 +111,7 @@ class Engine:
         if isinstance(self._experts, KtExperts):
             raise BackendError("kt-kernel's threads are settled when it loads: start again with --experts numba")
         self._experts = self._experts.with_pool(pool, find_topology(pool.threads))
-        self._transformer = build_model(self.model, self._tensors, self._experts, self._config.mla)
+        self._transformer = build_model(self.model, self._tensors, self._experts, self._config.mla, self._watch)
         self._config = replace(self._config, pool=pool)
 
     def close(self) -> None:

@@ -15,7 +15,7 @@ from hybrid.inputs import StepInputs
 from hybrid.kv import LatentCache
 from hybrid.layers import Mlp, rms_norm
 from hybrid.mla import Attention, MlaPath
-from hybrid.moe import Moe, RoutedExperts, Router
+from hybrid.moe import Moe, RoutedExperts, Router, Watch
 from hybrid.rope import Rope, build_rope
 
 Tensors = Mapping[str, torch.Tensor]
@@ -56,7 +56,9 @@ class Transformer:
         return linear(rms_norm(hidden, self.norm, self.eps), self.head).float()
 
 
-def build_model(config: ModelConfig, tensors: Tensors, experts: RoutedExperts, path: MlaPath) -> Transformer:
+def build_model(
+    config: ModelConfig, tensors: Tensors, experts: RoutedExperts, path: MlaPath, watch: Watch | None = None
+) -> Transformer:
     """Join the loaded tensors (names of `ModelConfig.tensor_shapes`) to a model."""
     routers = {
         layer: Router(
@@ -72,7 +74,7 @@ def build_model(config: ModelConfig, tensors: Tensors, experts: RoutedExperts, p
         rope=build_rope(config, embed.device),
         embed=embed,
         blocks=tuple(
-            _block(config, layer, tensors, routers, experts, path) for layer in range(config.num_hidden_layers)
+            _block(config, layer, tensors, routers, experts, path, watch) for layer in range(config.num_hidden_layers)
         ),
         norm=tensors["model.norm.weight"],
         head=embed if config.tie_word_embeddings else tensors["lm_head.weight"],
@@ -86,13 +88,14 @@ def _block(
     routers: Mapping[int, Router],
     experts: RoutedExperts,
     path: MlaPath,
+    watch: Watch | None,
 ) -> Block:
     base = f"model.layers.{layer}."
     return Block(
         attention_norm=tensors[f"{base}input_layernorm.weight"],
         attention=_attention(config, layer, tensors, path),
         mlp_norm=tensors[f"{base}post_attention_layernorm.weight"],
-        mlp=_moe(layer, tensors, routers, experts) if layer in routers else _mlp(tensors, f"{base}mlp."),
+        mlp=_moe(layer, tensors, routers, experts, watch) if layer in routers else _mlp(tensors, f"{base}mlp."),
     )
 
 
@@ -112,11 +115,13 @@ def _attention(config: ModelConfig, layer: int, tensors: Tensors, path: MlaPath)
     )
 
 
-def _moe(layer: int, tensors: Tensors, routers: Mapping[int, Router], experts: RoutedExperts) -> Moe:
+def _moe(
+    layer: int, tensors: Tensors, routers: Mapping[int, Router], experts: RoutedExperts, watch: Watch | None
+) -> Moe:
     later = [number for number in routers if number > layer]
     following = (min(later), routers[min(later)]) if later else None
     shared = _mlp(tensors, f"model.layers.{layer}.mlp.shared_experts.")
-    return Moe(layer, routers[layer], shared, experts, following)
+    return Moe(layer, routers[layer], shared, experts, following, watch)
 
 
 def _mlp(tensors: Tensors, base: str) -> Mlp:

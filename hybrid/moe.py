@@ -3,6 +3,7 @@
 Knows neither the experts' weights nor their format: they sit behind three methods. Called by `hybrid.model`.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -44,8 +45,7 @@ class Router:
 
     def __call__(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """ids (T, K) int64 and weights (T, K) float32 for x (T, D)."""
-        logits = linear(x.float(), self.weight)  # (T, E)
-        scores = logits.sigmoid() if self.config.scoring_func == "sigmoid" else logits.softmax(-1)
+        scores = self.scores(x)
         choice = scores if self.bias is None else scores + self.bias
         if self.config.topk_method != "greedy" and self.config.n_group > 1:
             choice = self._within_groups(choice)
@@ -54,6 +54,11 @@ class Router:
         if self.config.norm_topk_prob:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
         return ids, weights * self.config.routed_scaling_factor
+
+    def scores(self, x: torch.Tensor) -> torch.Tensor:
+        """(T, E) float32: how well each expert fits, before the bias."""
+        logits = linear(x.float(), self.weight)  # (T, E)
+        return logits.sigmoid() if self.config.scoring_func == "sigmoid" else logits.softmax(-1)
 
     def _within_groups(self, choice: torch.Tensor) -> torch.Tensor:
         """-inf outside the best `topk_group` groups; noaux_tc ranks a group by its best two experts, V2 by its best."""
@@ -67,20 +72,29 @@ class Router:
 
 @dataclass(frozen=True, slots=True)
 class Moe:
-    """One layer's router and shared expert beside the routed experts. `following`: the next such layer, for hints."""
+    """One layer's router and shared expert beside the routed experts. `following`: the next such layer, for hints.
+
+    `watch` sees the layer, its input x (T, D) and the chosen ids (T, K) of every step, for records of the routing.
+    """
 
     layer: int
     router: Router
     shared: Mlp
     experts: RoutedExperts
     following: tuple[int, Router] | None
+    watch: "Watch | None" = None
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """(T, D) to (T, D)."""
         ids, weights = self.router(x)
         pending = self.experts.submit(self.layer, x, ids, weights)
+        if self.watch is not None:
+            self.watch(self, x, ids)
         if self.following is not None and self.experts.wants_hints:
             layer, router = self.following
             self.experts.hint(layer, router(x)[0])  # this layer's input seen through the next layer's router
         shared = self.shared(x)
         return pending.wait() + shared
+
+
+Watch = Callable[[Moe, torch.Tensor, torch.Tensor], None]

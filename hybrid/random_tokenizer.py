@@ -99,6 +99,11 @@ def write_small_tokenizer(out: Path, vocab_size: int) -> None:
     """256 single bytes in tiktoken's format, and Kimi's special tokens in the last 256 ids."""
     lines = [f"{base64.b64encode(bytes([byte])).decode()} {byte}\n" for byte in range(256)]
     (out / "tiktoken.model").write_text("".join(lines), encoding="ascii")
+    write_tokenizer_config(out, vocab_size)
+
+
+def write_tokenizer_config(out: Path, vocab_size: int) -> None:
+    """`tokenizer_config.json` with Kimi's special tokens in the last 256 of `vocab_size` ids."""
     added: dict[str, Any] = {
         str(vocab_size - RESERVED + offset): {
             "content": text,

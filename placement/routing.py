@@ -1,7 +1,8 @@
 """How often each expert is chosen: recorded from real use, or the uniform law where there is no record.
 
 A record is a JSON file that the server writes (`hybrid serve --record-routing FILE`): tokens seen, and how many of them
-chose each expert of each layer. Knows no costs.
+chose each expert of each layer. Or it is an .npz with every token's choices (`hybrid.routes`), which are counted here.
+Knows no costs.
 """
 
 import json
@@ -12,8 +13,10 @@ import numpy as np
 import numpy.typing as npt
 
 from hybrid.config import ModelConfig
+from hybrid.routes import RecordError, read_record
 
 DOCUMENT = "hybrid routing"
+ARCHIVE = b"PK"  # how an .npz begins, and no JSON does
 BEYOND = 2**63  # no count of a record reaches it: they are 64-bit integers
 Shares = npt.NDArray[np.float64]
 
@@ -60,9 +63,44 @@ def read_routing(path: Path, model: ModelConfig) -> Routing:
     """A record as probabilities. Each expert counts as chosen half a time more than it was, so that none is
     impossible. Raises RoutingError."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        content = path.read_bytes()
     except OSError as error:
         raise RoutingError(f"{path}: cannot be read: {error.strerror}") from None
+    if content.startswith(ARCHIVE):
+        counts, tokens = _of_tokens(path, model)
+    else:
+        counts, tokens = _of_counts(path, content, model)
+    counts = counts + 0.5
+    shares = counts / counts.sum(axis=1, keepdims=True) * model.num_experts_per_tok
+    if shares.max() > 1 + 1e-9:  # which rounding does not reach
+        layer = model.moe_layers[int(shares.max(axis=1).argmax())]
+        raise RoutingError(
+            f"{path}: chosen.{layer}: an expert more than once for a token; make one with --record-routing"
+        )
+    return Routing(shares, tokens)
+
+
+def _of_tokens(path: Path, model: ModelConfig) -> tuple[Shares, int]:
+    """Counts (L, E) and number of tokens of an .npz."""
+    try:
+        record = read_record(path)
+    except RecordError as error:
+        raise RoutingError(str(error)) from None
+    found = (record.layers.tolist(), record.n_experts, record.experts.shape[2])
+    wanted = (list(model.moe_layers), model.n_routed_experts, model.num_experts_per_tok)
+    if found != wanted:
+        raise RoutingError(f"{path}: recorded with {_shape(*found)}; this model has {_shape(*wanted)}")
+    return record.counts().astype(np.float64), len(record.tokens)
+
+
+def _shape(layers: list[int], n_experts: int, per_token: int) -> str:
+    return f"{per_token} of {n_experts} experts in layers {layers[0]} to {layers[-1]}"
+
+
+def _of_counts(path: Path, content: bytes, model: ModelConfig) -> tuple[Shares, int]:
+    """The same of a JSON record."""
+    try:
+        values = json.loads(content.decode())
     except ValueError as error:
         raise RoutingError(f"{path}: not JSON: {error}") from None
     except RecursionError:
@@ -75,14 +113,8 @@ def read_routing(path: Path, model: ModelConfig) -> Routing:
         raise RoutingError(
             f"{path}: expected tokens from 1 to 2**63 - 1 and layers {wanted[0]} to {wanted[-1]}: another model's?"
         )
-    counts = np.array([_counts(path, layer, row, model.n_routed_experts) for layer, row in rows.items()]) + 0.5
-    shares = counts / counts.sum(axis=1, keepdims=True) * model.num_experts_per_tok
-    if shares.max() > 1 + 1e-9:  # which rounding does not reach
-        layer = wanted[int(shares.max(axis=1).argmax())]
-        raise RoutingError(
-            f"{path}: chosen.{layer}: an expert more than once for a token; make one with --record-routing"
-        )
-    return Routing(shares, tokens)
+    counts = [_counts(path, layer, row, model.n_routed_experts) for layer, row in rows.items()]
+    return np.array(counts, np.float64), tokens
 
 
 def _counts(path: Path, layer: str, row: object, n_experts: int) -> list[int]:

@@ -51,22 +51,17 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _serve(given: argparse.Namespace, environ: Mapping[str, str]) -> int:
-    settings = args.serve_settings(given, environ, lambda: _default_model(environ))
+    settings = args.serve_settings(given, environ, _default_model)
     logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s")
     from server.app import run  # aiohttp takes a while to import: not for `hybrid version`
 
     return run(settings)
 
 
-def _default_model(environ: Mapping[str, str]) -> Path:
-    cache = default_model.cache_directory(environ)
-    _tell(default_model.WARNING)
-    try:
-        return default_model.default_model(cache, lambda: _tell(f"writing it to {cache} (first start only)"))
-    except OSError as error:
-        raise SettingsError(
-            f"{cache}: the default model cannot be written: {error.strerror}; name one: --model DIR"
-        ) from None
+def _default_model() -> Path:
+    model = default_model.directory()
+    _tell(default_model.NOTICE)
+    return model
 
 
 def _chat(given: argparse.Namespace, environ: Mapping[str, str]) -> int:

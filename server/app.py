@@ -25,6 +25,7 @@ from server.openai_chat import chat_completions
 from server.openai_completions import completions
 from server.planned import check_files
 from server.progress import LoadLog
+from server.sampling_defaults import load_sampling_defaults
 from server.service import Service
 from server.settings import ServerSettings
 from server.template import load_template
@@ -108,12 +109,14 @@ def create_app(settings: ServerSettings, build: str = BUILD_ENGINE) -> web.Appli
             f"{settings.model}: the tokenizer has ids up to {tokenizer.n_vocab - 1} and config.json says vocab_size "
             f"{config.vocab_size}: they do not belong together, copy both from one checkpoint"
         )
+    template = load_template(settings.model, tokenizer)
+    sampling = load_sampling_defaults(settings.model, template.kind == "kimi")
     bridge = EngineBridge(settings, build, LoadLog())
     metrics = Metrics(bridge, settings.name)
     service = Service(
         bridge=bridge,
         tokenizer=tokenizer,
-        template=load_template(settings.model, tokenizer),
+        template=template,
         stop_ids=tokenizer.stop_ids | frozenset(config.eos_token_ids),
         admission=Admission(settings.max_queued_requests, settings.max_queued_tokens),
         metrics=metrics,
@@ -126,6 +129,7 @@ def create_app(settings: ServerSettings, build: str = BUILD_ENGINE) -> web.Appli
         service=service,
         metrics=metrics,
         n_vocab=config.vocab_size,
+        sampling=sampling,
         created=int(time.time()),
         stall_seconds=settings.stall_seconds,
         api_keys=tuple(key.encode() for key in settings.api_key),

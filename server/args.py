@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from server import planning_args
+from server import default_model, planning_args
 from server.options import Option, SettingsError, read_environment, read_file, refuse_settled, server_options
 from server.planning_args import positive
 from server.settings import ServerSettings
@@ -36,9 +36,9 @@ def parser() -> argparse.ArgumentParser:
 
 
 def serve_settings(
-    given: argparse.Namespace, environ: Mapping[str, str], default_model: Callable[[], Path]
+    given: argparse.Namespace, environ: Mapping[str, str], embedded: Callable[[], Path]
 ) -> ServerSettings:
-    """Settings of `serve`; `default_model` is asked for a directory only where no source names one.
+    """Settings of `serve`; `embedded` is asked for the default model's directory only where no source names a model.
 
     Raises SettingsError naming the variable, or the file and key.
     """
@@ -49,7 +49,7 @@ def serve_settings(
     values: dict[str, Any] = {**from_file, **read_environment(environ, options), **flags}
     refuse_settled(values)
     if "model" not in values:
-        values["model"] = default_model()
+        values = {"served_model_name": default_model.NAME} | values | {"model": embedded()}
     if not values["model"].is_dir():
         raise SettingsError(f"--model {values['model']}: no such directory; name a checkpoint directory")
     return ServerSettings(**values)
@@ -86,7 +86,7 @@ def _add_option(serve: argparse.ArgumentParser, option: Option) -> None:
 def described(option: Option) -> str:
     """The help text with the default, unless the text tells it."""
     if option.field == "model":
-        return f"{option.help} (default: the embedded one, random weights)"
+        return f"{option.help} (default: {default_model.NAME}, the small demonstration model that ships with hybrid)"
     if option.default in (None, ()):
         return option.help
     return f"{option.help} (default: {option.default})"

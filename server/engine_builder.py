@@ -27,10 +27,9 @@ from placement.planner import ledger_lines, make_plan
 from placement.probe import find_hardware
 from placement.routing import uniform, write_routing
 from server.account import Predict, predictor
-from server.default_model import cache_directory
 from server.engine_process import Built, OnNotice, OnProgress, nothing
 from server.options import SettingsError
-from server.planned import Rates, load_plan, load_rates, with_plan
+from server.planned import Rates, default_profile, load_plan, load_rates, with_plan
 from server.scheduler import SchedulerConfig
 from server.settings import ServerSettings
 
@@ -179,7 +178,7 @@ def _predictor(model: ModelConfig, rates: Rates, plan: Plan) -> tuple[Predict | 
 def _default_profile() -> Path | None:
     """Where `hybrid measure` writes; None for a user without a home, who can still name a profile."""
     try:
-        return cache_directory(os.environ) / "profile.yaml"
+        return default_profile(os.environ)
     except SettingsError:
         return None
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from aiohttp import web
 
 from server.metrics import Metrics
+from server.sampling_defaults import SamplingDefaults
 from server.service import Service
 
 
@@ -16,6 +17,7 @@ class Serving:
     service: Service
     metrics: Metrics
     n_vocab: int  # ids below it exist in the model, whether or not the tokenizer has a token for them
+    sampling: SamplingDefaults  # what a request leaves open
     created: int  # Unix time of the start
     stall_seconds: float
     api_keys: tuple[bytes, ...]

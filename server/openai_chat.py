@@ -34,8 +34,6 @@ from server.tokenizer import Tokenizer
 from server.validation import Fields
 from server.wire import finite, read_body, usage_json
 
-KIMI_SAMPLING = {True: Sampling(temperature=1.0, top_p=0.95), False: Sampling(temperature=0.6, top_p=0.95)}
-
 
 async def chat_completions(request: web.Request) -> web.StreamResponse:
     """The handler."""
@@ -60,8 +58,8 @@ def read_request(fields: Fields, serving: Serving) -> tuple[str, Chat, Options]:
     name, alias = read_model(fields, serving.name)
     mode, rest = read_mode(fields, alias)
     chat = read_chat(fields, mode, rest)
-    kimi = serving.service.template.kind == "kimi"
-    options = read_options(fields, KIMI_SAMPLING[mode.thinking] if kimi else Sampling(), serving.n_vocab)
+    defaults = serving.sampling.thinking if mode.thinking else serving.sampling.instant
+    options = read_options(fields, defaults, serving.n_vocab)
     options = replace(options, max_tokens=_max_tokens(fields), sampling=_with_logprobs(fields, options.sampling))
     response_format = fields.fields("response_format")
     if response_format is not None and response_format.text("type") not in (None, "text"):

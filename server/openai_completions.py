@@ -14,7 +14,7 @@ from typing import Any
 
 from aiohttp import web
 
-from hybrid.batch import Sampling, TokenLogprob
+from hybrid.batch import TokenLogprob
 from server.chat import Json
 from server.errors import invalid, unsupported
 from server.keys import REQUEST_ID, SERVING, Serving
@@ -71,7 +71,7 @@ async def completions(request: web.Request) -> web.StreamResponse:
 
 async def _read_order(fields: Fields, serving: Serving) -> _Order:
     name, _ = read_model(fields, serving.name)
-    options = read_options(fields, Sampling(), serving.n_vocab)
+    options = read_options(fields, serving.sampling.completion, serving.n_vocab)
     echo = fields.boolean("echo")
     logprobs = fields.integer("logprobs", 0, MAX_LOGPROBS)
     max_tokens = fields.integer("max_tokens", 0, MAX_TOKENS)

@@ -7,7 +7,7 @@ dropped in silence; fields we understand but cannot honour are refused. Knows no
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from hybrid.batch import Sampling
@@ -103,7 +103,7 @@ def read_options(fields: Fields, defaults: Sampling, n_vocab: int) -> Options:
         raise unsupported(fields.path("best_of"), "best_of other than n is")
     seed = fields.integer("seed", -(1 << 63), (1 << 64) - 1)
     return Options(
-        sampling=_sampling(fields, defaults, n_vocab),
+        sampling=replace(read_sampling(fields, defaults), logit_bias=_logit_bias(fields, n_vocab)),
         seed=seed,
         n=n,
         stop=_stops(fields),
@@ -112,22 +112,23 @@ def read_options(fields: Fields, defaults: Sampling, n_vocab: int) -> Options:
     )
 
 
-def _sampling(fields: Fields, defaults: Sampling, n_vocab: int) -> Sampling:
+def read_sampling(fields: Fields, defaults: Sampling) -> Sampling:
+    """How tokens are drawn, but for logit_bias; `defaults` where a field is absent. 0 and -1 switch top_k off."""
     temperature = fields.number("temperature", 0.0, 100.0)
     top_p = fields.number("top_p", 0.0, 1.0)
     if top_p == 0:
         raise invalid(fields.path("top_p"), "must be above 0; for the most probable token send temperature 0")
     top_k = fields.integer("top_k", -1, MAX_TOKENS)
+    min_p = fields.number("min_p", 0.0, 1.0)
     repetition = fields.number("repetition_penalty", 0.01, 100.0)
     return Sampling(
         temperature=defaults.temperature if temperature is None else temperature,
         top_p=defaults.top_p if top_p is None else top_p,
-        top_k=top_k if top_k is not None and top_k > 0 else None,  # 0 and -1 mean "off", as in vLLM
-        min_p=fields.number("min_p", 0.0, 1.0) or None,
+        top_k=defaults.top_k if top_k is None else top_k if top_k > 0 else None,
+        min_p=defaults.min_p if min_p is None else min_p or None,
         presence_penalty=fields.number("presence_penalty", -2.0, 2.0) or 0.0,
         frequency_penalty=fields.number("frequency_penalty", -2.0, 2.0) or 0.0,
-        repetition_penalty=1.0 if repetition is None else repetition,
-        logit_bias=_logit_bias(fields, n_vocab),
+        repetition_penalty=defaults.repetition_penalty if repetition is None else repetition,
     )
 
 

@@ -7,6 +7,7 @@ process reads both files again whenever it loads.
 
 import logging
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -47,6 +48,18 @@ def check_files(settings: ServerSettings, model: ModelConfig) -> None:
         load_plan(settings.plan, model, hardware)
     if settings.profile is not None:
         load_rates(settings, settings.profile, hardware)
+
+
+def default_profile(environ: Mapping[str, str]) -> Path:
+    """Where `hybrid measure` writes this machine's profile unless told otherwise, and `hybrid serve` looks for it.
+
+    Raises SettingsError for a user without a home directory.
+    """
+    try:
+        cache = Path(environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:  # a user id that the system does not know
+        raise SettingsError("this user has no home directory: set XDG_CACHE_HOME, or name every file") from None
+    return cache / "hybrid" / "profile.yaml"
 
 
 def load_plan(path: Path, model: ModelConfig, hardware: Hardware) -> Plan:

@@ -31,8 +31,8 @@ from placement.probe import find_hardware, machine_name
 from placement.profile import Profile, read_profile, write_profile
 from placement.routing import Routing, read_routing, uniform
 from server import simulate, timeline, workload
-from server.default_model import cache_directory
 from server.options import SettingsError
+from server.planned import default_profile
 from server.planning_args import LENGTHS
 from server.scheduler import SchedulerConfig
 
@@ -63,11 +63,6 @@ def run(given: argparse.Namespace, environ: Environ) -> int:
     except OSError as error:
         _tell(f"hybrid: {error.filename}: {error.strerror}" if error.filename else f"hybrid: {error}")
         return FAILURE
-
-
-def default_profile(environ: Environ) -> Path:
-    """Where `hybrid measure` writes this machine's profile unless told otherwise."""
-    return cache_directory(environ) / "profile.yaml"
 
 
 def _measure(given: argparse.Namespace, environ: Environ) -> int:

@@ -90,7 +90,12 @@ def _add_planning(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "fp8", "int8"), help="of the device weights")
     parser.add_argument("--expert-format", choices=("native", "int8", "int4"), default="native", help="default: native")
-    parser.add_argument("--routing", type=Path, metavar="FILE", help="record of `hybrid serve --record-routing`")
+    parser.add_argument(
+        "--routing",
+        type=Path,
+        metavar="FILE",
+        help="record of `hybrid serve --record-routing`, or an .npz of single tokens (docs/ROUTING.md)",
+    )
     parser.add_argument("--servable", action="store_true", help="only what this version's engine can do")
 
 

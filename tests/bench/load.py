@@ -31,7 +31,7 @@ COPIED = 1 << 24  # bytes copied at a time
 
 def config(experts_gb: float) -> dict[str, Any]:
     """Experts of Kimi-K2.5's size, in two layers; everything else small."""
-    raw: dict[str, Any] = json.loads((REPO / "server" / "default_model.json").read_text())
+    raw: dict[str, Any] = json.loads((REPO / "tests" / "reference" / "small_model.json").read_text())
     raw["text_config"] |= {"hidden_size": 7168, "moe_intermediate_size": 2048, "num_hidden_layers": 3}
     raw["text_config"] |= {"intermediate_size": 2048, "n_routed_experts": 16}
     expert = ModelConfig.from_json(raw).expert_geometry.expert_bytes("int4")

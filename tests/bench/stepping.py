@@ -86,7 +86,7 @@ def pages_for(n_tokens: int) -> int:
 
 def mid_size_config(expert_gb: float) -> dict[str, Any]:
     """A K2.5-shaped config.json with about `expert_gb` of INT4 experts: hidden 2048, experts of 1024, top-8."""
-    raw: dict[str, Any] = json.loads((REPO / "server" / "default_model.json").read_text())
+    raw: dict[str, Any] = json.loads((REPO / "tests" / "reference" / "small_model.json").read_text())
     text = raw["text_config"]
     text |= {
         "hidden_size": 2048, "intermediate_size": 6144, "moe_intermediate_size": 1024, "num_hidden_layers": 7,

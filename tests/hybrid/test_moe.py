@@ -136,6 +136,17 @@ def test_last_layer_hints_at_nothing() -> None:
     assert experts.calls == [("submit", 4), ("wait", 0)]
 
 
+def test_a_watch_sees_the_layer_its_input_and_its_choice() -> None:
+    shared = Mlp(torch.ones(3, HIDDEN), torch.ones(3, HIDDEN), torch.ones(HIDDEN, 3))
+    router, x, seen = router_of(families.kimi_k2()), tokens(), []
+    layer = Moe(4, router, shared, Recorder(False), None, lambda *what: seen.append(what))
+    unwatched = Moe(4, router, shared, Recorder(False), None)(x)
+    assert torch.equal(layer(x), unwatched)
+    ((moe, into, ids),) = seen
+    assert moe is layer and into is x
+    assert torch.equal(ids, router(x)[0])
+
+
 def test_norm_rounds_before_the_weight() -> None:
     x = torch.randn(9, 40, generator=torch.Generator().manual_seed(5)).bfloat16() * 3
     weight = torch.linspace(0.5, 1.5, 40).bfloat16()

@@ -65,7 +65,7 @@ def test_k25_against_its_model_card() -> None:
 
 
 def test_weights_equal_the_tensors_of_a_checkpoint(tmp_path: Path) -> None:
-    raw = json.loads((Path(__file__).parents[2] / "server" / "default_model.json").read_text())
+    raw = json.loads((Path(__file__).parents[1] / "reference" / "small_model.json").read_text())
     write_checkpoint(raw, tmp_path / "m", 1, None)
     model = ModelConfig.from_directory(tmp_path / "m")
     tensors = Checkpoint(tmp_path / "m").tensors

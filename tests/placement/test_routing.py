@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hybrid.config import ModelConfig
+from hybrid.routes import Record, write_record
 from placement.routing import RoutingError, Shares, chosen, read_routing, uniform, write_routing
 
 TEXT = {
@@ -210,3 +211,47 @@ class TestRecord:
         with pytest.raises(ValueError, match="zip"):
             write_routing(tmp_path / "routing.json", (1, 2), np.ones((3, 8), np.int64), 4)
         assert list(tmp_path.iterdir()) == []
+
+
+class TestTokens:
+    """A record of single tokens, the three layers skewed differently."""
+
+    def path(self, tmp_path: Path, n_tokens: int = 400) -> Path:
+        choices = [np.sort(draw((np.arange(8) + 1.0) ** -skew, n_tokens, 2, 7), axis=1) for skew in (0.0, 0.5, 3.0)]
+        layers, bias, starts = np.array([1, 2, 3]), np.zeros((3, 8), np.float32), np.array([0, 100])
+        families, scores = np.array(["a", "b"]), np.zeros((0, 3, 8), np.float16)
+        turns, kinds = np.array([[20, 50]]), np.array(["chat"])
+        tokens, experts = np.zeros(n_tokens, np.uint16), np.stack(choices, 1).astype(np.uint8)
+        path = tmp_path / "routing.npz"
+        write_record(path, Record("0", layers, bias, tokens, starts, families, turns, kinds, experts, scores))
+        return path
+
+    def test_it_counts_as_a_record_of_counts_does(self, tmp_path: Path) -> None:
+        found = read_routing(self.path(tmp_path), MODEL)
+        counts = [counts_of(draw((np.arange(8) + 1.0) ** -skew, 400, 2, 7), 8) for skew in (0.0, 0.5, 3.0)]
+        write_routing(tmp_path / "routing.json", MODEL.moe_layers, np.stack(counts), 400)
+        wanted = read_routing(tmp_path / "routing.json", MODEL)
+        assert found.tokens == wanted.tokens == 400
+        assert np.array_equal(found.shares, wanted.shares)
+        assert found.shares.std(axis=1).argsort().tolist() == [0, 1, 2]
+
+    @pytest.mark.parametrize(
+        ("changes", "has"),
+        [
+            ({"num_hidden_layers": 5}, "2 of 8 experts in layers 1 to 4"),
+            ({"first_k_dense_replace": 0}, "2 of 8 experts in layers 0 to 3"),
+            ({"n_routed_experts": 16}, "2 of 16 experts in layers 1 to 3"),
+            ({"num_experts_per_tok": 3}, "3 of 8 experts in layers 1 to 3"),
+        ],
+    )
+    def test_a_record_of_another_model(self, tmp_path: Path, changes: dict[str, int], has: str) -> None:
+        path = self.path(tmp_path)
+        with pytest.raises(RoutingError) as caught:
+            read_routing(path, ModelConfig.from_json(TEXT | changes))
+        assert str(caught.value) == f"{path}: recorded with 2 of 8 experts in layers 1 to 3; this model has {has}"
+
+    def test_a_damaged_record(self, tmp_path: Path) -> None:
+        path = self.path(tmp_path)
+        path.write_bytes(path.read_bytes()[:-30])
+        with pytest.raises(RoutingError, match=r"routing\.npz: not an \.npz file of plain arrays, or a damaged one: "):
+            read_routing(path, MODEL)

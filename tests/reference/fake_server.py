@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +28,9 @@ WAIT_SECONDS = 30.0
 
 
 def write_model(directory: Path) -> Path:
-    """A model directory without weights: the default model's config and the 256-byte tokenizer."""
+    """A model directory without weights: a small model's config and the 256-byte tokenizer."""
     directory.mkdir(parents=True, exist_ok=True)
-    config = resources.files("server").joinpath("default_model.json").read_bytes()
+    config = Path(__file__).with_name("small_model.json").read_bytes()
     (directory / "config.json").write_bytes(config)
     write_small_tokenizer(directory, json.loads(config)["text_config"]["vocab_size"])
     return directory

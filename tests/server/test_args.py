@@ -14,7 +14,13 @@ def settings(line: list[str], environ: dict[str, str] | None = None, default: Pa
 
 
 def test_defaults_are_those_of_the_dataclass(tmp_path: Path) -> None:
-    assert settings([], default=tmp_path) == ServerSettings(model=tmp_path)
+    assert settings(["--model", str(tmp_path)]) == ServerSettings(model=tmp_path)
+
+
+def test_without_a_model_nano_is_served_under_its_name(tmp_path: Path) -> None:
+    assert settings([], default=tmp_path) == ServerSettings(model=tmp_path, served_model_name="nano")
+    assert settings(["--served-model-name", "mine"], default=tmp_path).name == "mine"
+    assert settings(["--model", str(tmp_path)]).name == tmp_path.name
 
 
 def test_the_required_interface(tmp_path: Path) -> None:
@@ -54,7 +60,7 @@ def test_a_repeated_flag_collects(tmp_path: Path) -> None:
     assert found.api_key == ("a,b", "c")
 
 
-def test_the_default_model_is_made_only_where_none_is_named(tmp_path: Path) -> None:
+def test_the_default_model_is_looked_for_only_where_none_is_named(tmp_path: Path) -> None:
     def refuse() -> Path:
         raise AssertionError("the default model was asked for")
 

@@ -18,9 +18,11 @@ from placement.probe import find_hardware
 from placement.profile import write_profile
 from server import planning
 from server.__main__ import main
+from server.planned import default_profile
 from tests.reference import plans
 from tests.reference.k25 import K25_TEXT
 
+SMALL = Path(__file__).parents[1] / "reference" / "small_model.json"
 A = "ddr5-4800-8ch_rtx4090"
 C = "2x-ddr5-5600-8ch_rtx6000pro"
 
@@ -282,8 +284,7 @@ def test_a_simulated_trace_and_its_picture(k25: str, tmp_path: Path, capsys: pyt
 
 
 def test_simulating_needs_rates(capsys: pytest.CaptureFixture[str]) -> None:
-    small = Path(__file__).parents[2] / "server" / "default_model.json"
-    assert main(["simulate", str(small), "--goal", "swarm:2"]) == 78
+    assert main(["simulate", str(SMALL), "--goal", "swarm:2"]) == 78
     assert "hybrid measure" in said(capsys)[1]
 
 
@@ -323,9 +324,8 @@ def test_simulating_with_a_plan_of_something_else(k25: str, tmp_path: Path, caps
     assert main(["plan", k25, "--profile", A, "--out", str(path)]) == 0
     line = refused(capsys, "simulate", k25, "--profile", C, "--plan", str(path))
     assert "which is other hardware than the profile" in line
-    small = str(Path(__file__).parents[2] / "server" / "default_model.json")
     assert "config.json differs from this model's" in refused(
-        capsys, "simulate", small, "--profile", A, "--plan", str(path)
+        capsys, "simulate", str(SMALL), "--profile", A, "--plan", str(path)
     )
     values = yaml.safe_load(path.read_text())
     other = edited(tmp_path / "slots.yaml", values, "settings", "slots", to=[1, 2])
@@ -407,7 +407,7 @@ def test_rates_of_other_cores_are_not_gone_on_with(
 
     monkeypatch.setattr(placement.measure, "measure", caught)
     hardware = find_hardware()
-    named, own = tmp_path / "named.yaml", planning.default_profile(os.environ)
+    named, own = tmp_path / "named.yaml", default_profile(os.environ)
     own.parent.mkdir(parents=True)
     for path in (named, own):
         write_profile(path, plans.profile(hardware))
@@ -426,15 +426,14 @@ def test_rates_of_other_cores_are_not_gone_on_with(
 
 def test_rates_of_other_cores_are_told_and_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Where nobody named the profile; `hybrid tune` refuses a named one."""
-    small = Path(__file__).parents[2] / "server" / "default_model.json"
     hardware, path = find_hardware(), tmp_path / "plan.yaml"
-    own = planning.default_profile(os.environ)
+    own = default_profile(os.environ)
     own.parent.mkdir(parents=True)
     write_profile(own, plans.profile(replace(hardware, cores=1 << 20)))
-    assert main(["plan", str(small), "--json"]) == 0
+    assert main(["plan", str(SMALL), "--json"]) == 0
     out, err = said(capsys)
     assert json.loads(out)["prediction"] is None
     assert err == f"{own}: of other hardware than this machine, or other cores; run `hybrid measure`\n"
-    write_plan(path, plans.plan(ModelConfig.from_json(json.loads(small.read_text())), hardware))
-    line = refused(capsys, "tune", str(small), "--plan", str(path), "--profile", str(own))
+    write_plan(path, plans.plan(ModelConfig.from_json(json.loads(SMALL.read_text())), hardware))
+    line = refused(capsys, "tune", str(SMALL), "--plan", str(path), "--profile", str(own))
     assert line.startswith(f"hybrid: --profile {own}: made on other hardware than this machine's, or with other cores")

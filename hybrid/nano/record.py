@@ -1,0 +1,175 @@
+"""Record nano's routing on held-out conversations: `python -m hybrid.nano.record MODEL_DIR OUT.npz [--tokens N]`.
+
+Every conversation goes through the real engine (INT4 experts, 8-bit activations) in one step, its answers given as if
+the model had written them. The file is `hybrid.routes.Record`; `hybrid.nano.load` sums it up.
+"""
+
+import argparse
+import hashlib
+import random
+import sys
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from hybrid.batch import Batch, Row
+from hybrid.config import EngineConfig
+from hybrid.engine import Engine
+from hybrid.moe import Moe
+from hybrid.nano.conversation import Encoded, encode
+from hybrid.nano.data import Make, arithmetic, copy_list, known_tool, unseen_tool
+from hybrid.nano.load import report
+from hybrid.nano.mixture import named, numbered
+from hybrid.nano.swarm_data import sub_agent
+from hybrid.nano.talk import talk
+from hybrid.nano.vocabulary import Vocabulary, read_vocabulary
+from hybrid.routes import Record, write_record
+from offload.config import PoolConfig
+
+SEED = 40_000
+TOKENS = 25_000
+SCORED_TOKENS = 1_850  # 218 compressed bytes each, where a token's choices are 6
+PAGE = 16
+# Conversations of each family in a round of about 25,000 tokens. As many sub-agents as a large batch, so that those of
+# one swarm can be looked at together.
+FAMILIES: dict[str, tuple[Make, int]] = {
+    "sub-agent": (sub_agent, 40), "tool": (known_tool, 20), "tool unseen": (unseen_tool, 10),
+    "arithmetic": (arithmetic, 24), "copy": (copy_list, 8), "talk": (talk, 8),
+    "fan-out 2 to 5": (named(2, 5), 4), "fan-out 4 to 12": (named(4, 12), 3),
+    "fan-out numbered 3 to 12": (numbered(3, 12), 2), "fan-out numbered 13 to 40": (numbered(13, 40), 1),
+    "fan-out numbered 41 to 100": (numbered(41, 100), 1),
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """One conversation to run, and the name of its family."""
+
+    family: str
+    encoded: Encoded
+
+    @property
+    def n_tokens(self) -> int:
+        return len(self.encoded.ids)
+
+
+def documents(vocabulary: Vocabulary, n_tokens: int, scored: int) -> tuple[list[Document], int]:
+    """Held-out conversations of `n_tokens` tokens or a little more, always the same, and how many of the first ones
+    are to be scored: one of each family where they fit, `scored` tokens at most."""
+    drawn: list[Document] = []
+    stream = _drawn(vocabulary)
+    while sum(document.n_tokens for document in drawn) < n_tokens:
+        drawn.append(next(stream))
+    first: list[int] = []
+    for i, document in enumerate(drawn):
+        new = document.family not in {drawn[at].family for at in first}
+        if new and sum(drawn[at].n_tokens for at in first) + document.n_tokens <= scored:
+            first.append(i)
+    rest = [i for i in range(len(drawn)) if i not in first]
+    return [drawn[i] for i in first + rest], len(first)
+
+
+def _drawn(vocabulary: Vocabulary) -> Iterator[Document]:
+    """Rounds of `FAMILIES`, each in an order of its own."""
+    rng = random.Random(SEED)
+    while True:
+        order = [family for family, (_, n) in FAMILIES.items() for _ in range(n)]
+        rng.shuffle(order)
+        for family in order:
+            yield Document(family, encode(FAMILIES[family][0](rng, True), vocabulary))
+
+
+class Recorder:
+    """Keeps what the routers do: a `hybrid.moe.Watch`. All scores too while `scoring`."""
+
+    def __init__(self) -> None:
+        self.scoring = False
+        self._bias: dict[int, torch.Tensor] = {}
+        self._experts: defaultdict[int, list[torch.Tensor]] = defaultdict(list)
+        self._scores: defaultdict[int, list[torch.Tensor]] = defaultdict(list)
+
+    def __call__(self, moe: Moe, x: torch.Tensor, ids: torch.Tensor) -> None:
+        router = moe.router
+        self._bias[moe.layer] = torch.zeros(len(router.weight)) if router.bias is None else router.bias
+        self._experts[moe.layer].append(ids.sort(-1).values.cpu())
+        self._scores[moe.layer].append(router.scores(x if self.scoring else x[:0]).half().cpu())
+
+    def arrays(self) -> dict[str, npt.NDArray[Any]]:
+        """`layers`, `bias`, `experts` and `scores` of a `hybrid.routes.Record`."""
+        bias = torch.stack(list(self._bias.values()))
+        experts = torch.stack([torch.cat(steps) for steps in self._experts.values()], 1)
+        scores = torch.stack([torch.cat(steps) for steps in self._scores.values()], 1)
+        return {
+            "layers": np.array(list(self._bias), np.int32),
+            "bias": bias.cpu().numpy(),
+            "experts": experts.numpy().astype(np.min_scalar_type(bias.shape[1] - 1)),
+            "scores": scores.numpy(),
+        }
+
+
+def record(directory: Path, chosen: Sequence[Document], n_scored: int, pool: PoolConfig) -> Record:
+    """Run the documents, each in one step, through the model of `directory`; the first `n_scored` with their scores.
+
+    Raises what `Engine` raises, and OSError.
+    """
+    n_pages = -(-max(document.n_tokens for document in chosen) // PAGE)
+    recorder = Recorder()
+    engine = Engine(EngineConfig(directory, "cpu", "float32", "native", pool, n_pages, PAGE), watch=recorder)
+    try:
+        for i, document in enumerate(chosen):
+            recorder.scoring = i < n_scored
+            engine.step(Batch((Row(i, tuple(document.encoded.ids), 0, tuple(range(n_pages))),)))
+    finally:
+        engine.close()
+    starts = np.cumsum([0, *(document.n_tokens for document in chosen)])[:-1]
+    turns = [
+        (at + start, at + stop, kind)
+        for at, document in zip(starts.tolist(), chosen, strict=True)
+        for start, stop, kind in document.encoded.turns
+    ]
+    ids = [token for document in chosen for token in document.encoded.ids]
+    return Record(
+        model=model_hash(directory),
+        tokens=np.array(ids, np.min_scalar_type(engine.model.vocab_size - 1)),
+        starts=starts.astype(np.int32),
+        families=np.array([document.family for document in chosen]),
+        turns=np.array([(start, stop) for start, stop, _ in turns], np.int32),
+        kinds=np.array([kind for _, _, kind in turns]),
+        **recorder.arrays(),
+    )
+
+
+def model_hash(directory: Path) -> str:
+    """SHA-256, in hexadecimal, of config.json and the weights' files in the order of their names. Raises OSError."""
+    total = hashlib.sha256((directory / "config.json").read_bytes())
+    for path in sorted(directory.glob("*.safetensors")):
+        total.update(path.read_bytes())
+    return total.hexdigest()
+
+
+def main(arguments: list[str]) -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(prog="python -m hybrid.nano.record", description=__doc__)
+    parser.add_argument("model", type=Path, help="checkpoint directory of nano")
+    parser.add_argument("out", type=Path, help=".npz file to write")
+    parser.add_argument("--tokens", type=int, default=TOKENS, help="at least, in whole conversations (%(default)s)")
+    options = parser.parse_args(arguments)
+    if options.tokens < 1:
+        parser.error("--tokens: expected at least 1")
+    try:
+        chosen, n_scored = documents(read_vocabulary(options.model), options.tokens, SCORED_TOKENS)
+        made = record(options.model, chosen, n_scored, PoolConfig())
+        write_record(options.out, made)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    print(report(made))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

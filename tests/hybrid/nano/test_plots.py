@@ -1,0 +1,123 @@
+"""hybrid.nano.plots: what is read from the log, and the pictures themselves where matplotlib is installed."""
+
+import importlib
+import json
+import re
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+
+from hybrid.nano.plots import ALL, PlotError, main, phase_starts, plots, read_log, thinned
+from hybrid.nano.train import PHASES
+from hybrid.routes import Record, write_record
+
+
+def line(phase: Any, steps: int, **values: Any) -> dict[str, Any]:
+    return {"phase": phase, "step": steps, "steps": steps, "tokens": 1000 * steps, "seconds": 1.0 * steps, **values}
+
+
+LOG = [
+    line(0, 25, loss=5.0), line(0, 50, loss=3.0), line(0, 50, scores={"copy": 0.5}),
+    line(1, 75, loss=2.0), line(1, 100, loss=1.0), line(1, 100, scores={"copy": 0.9, "tool": 0.2, "chat": 1.0}),
+    line("late", 125, loss=0.5), line("late", 150, scores={"copy": 1.0, "tool": 0.8}),
+]  # fmt: skip
+
+
+def training(directory: Path, *lines: dict[str, Any]) -> Path:
+    directory.mkdir(exist_ok=True)
+    (directory / "log.jsonl").write_text("".join(f"{json.dumps(one)}\n" for one in lines))
+    return directory
+
+
+def record(path: Path, n_layers: int) -> Path:
+    experts = np.sort(np.random.default_rng(2).random((60, n_layers, 8)).argsort(axis=2)[..., :2], axis=2)
+    layers, zeros = np.arange(1, n_layers + 1), np.zeros((n_layers, 8), np.float32)
+    turns, kinds = np.array([[20, 60]]), np.array(["chat"])
+    write_record(
+        path,
+        Record("0", layers, zeros, np.zeros(60, int), np.array([0]), kinds, turns, kinds, experts, zeros[None, :][:0]),
+    )
+    return path
+
+
+def test_the_log_in_order(tmp_path: Path) -> None:
+    assert read_log(training(tmp_path, *LOG)) == LOG
+
+
+def test_what_was_done_again_counts_once(tmp_path: Path) -> None:
+    """Cut off after step 100, gone on from a state of step 50."""
+    again = [line(1, 75, loss=2.5), line(1, 100, loss=1.5), line(1, 125, loss=1.2)]
+    assert read_log(training(tmp_path, *LOG[:6], *again)) == [*LOG[:3], *again]
+    # and from a state between two lines: the loss of step 100 is replaced with the scores behind it
+    assert read_log(training(tmp_path, *LOG[:6], LOG[4])) == LOG[:5]
+
+
+def test_phases_begin_where_the_one_before_ended() -> None:
+    assert phase_starts(LOG) == [(0, PHASES[0].name), (50_000, PHASES[1].name), (100_000, "late")]
+
+
+@pytest.mark.parametrize(("n", "left"), [(1, 1), (400, 400), (401, 201), (1001, 334)])
+def test_thinning_keeps_the_mean(n: int, left: int) -> None:
+    found = thinned([(float(i), 2.0) for i in range(n)])
+    assert len(found) == left
+    assert {y for _, y in found} == {2.0}
+    size = -(-n // 400)
+    assert found[0][0] == pytest.approx((size - 1) / 2)
+    assert found[-1][0] == pytest.approx(np.mean(np.arange((left - 1) * size, n)))
+
+
+@pytest.mark.parametrize("n_layers", [1, 5])
+def test_the_pictures(tmp_path: Path, n_layers: int) -> None:
+    pytest.importorskip("matplotlib")
+    directory, source = training(tmp_path / "training", *LOG), record(tmp_path / "r.npz", n_layers)
+    plots(directory, source, tmp_path / "one")
+    plots(directory, source, tmp_path / "two")
+    for name in ("loss.svg", "load.svg"):
+        content = (tmp_path / "one" / name).read_bytes()
+        assert content.count(b"<svg") == 1
+        assert content == (tmp_path / "two" / name).read_bytes()  # the same data is the same file
+        assert len(content) < 80_000
+    load = (tmp_path / "one" / "load.svg").read_text()
+    assert len(re.findall(rf"<path[^>]*fill: {ALL}", load)) == n_layers + 1  # one more in the legend
+
+
+def test_an_svg_of_a_long_training_is_small(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    long = []
+    for i in range(1, 1001):
+        long.append(line(i // 300, 25 * i, loss=1 / i + (i % 7) / 100))
+        if i % 16 == 0:
+            long.append(line(i // 300, 25 * i, scores={"tool": i / 1000, "fan-out 4": (i % 37) / 37}))
+    plots(training(tmp_path / "training", *long), record(tmp_path / "r.npz", 4), tmp_path)
+    assert (tmp_path / "loss.svg").stat().st_size < 80_000
+
+
+def test_without_matplotlib_one_line_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory, source = training(tmp_path / "training", *LOG), record(tmp_path / "r.npz", 2)
+
+    def without(name: str) -> ModuleType:
+        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+    monkeypatch.setattr(importlib, "import_module", without)
+    with pytest.raises(PlotError, match=r"pip install matplotlib$"):
+        plots(directory, source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_cannot_be_drawn_is_said_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, broken = record(tmp_path / "r.npz", 2), tmp_path / "broken"
+    broken.mkdir()
+    (broken / "log.jsonl").write_text("{")
+    ready = training(tmp_path / "ready", *LOG)
+    for arguments, said in (
+        ([tmp_path / "none", source], "none/log.jsonl: cannot be read: No such file or directory; name a directory of"),
+        ([broken, source], "broken/log.jsonl: not JSON lines: "),
+        ([training(tmp_path / "new", LOG[2]), source], "new/log.jsonl: no loss yet: train on"),
+        ([ready, tmp_path / "none.npz"], "none.npz: cannot be read: No such file or directory"),
+    ):
+        with pytest.raises(SystemExit):
+            main([*map(str, arguments), str(tmp_path / "out")])
+        assert said in capsys.readouterr().err.splitlines()[-1]
