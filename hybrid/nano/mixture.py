@@ -52,8 +52,8 @@ BASICS = Mixture(
 )  # fmt: skip
 TEXT = Mixture(
     {
-        copy_list: 0.1, known_tool: 0.17, unseen_tool: 0.13, sub_agent: 0.12, arithmetic: 0.8,
-        named(2, 5): 0.05, named(4, 12): 0.07, numbered(3, 12): 0.03, numbered(13, 40): 0.02, numbered(41, 100): 0.01,
+        copy_list: 0.3, known_tool: 0.17, unseen_tool: 0.13, sub_agent: 0.12, arithmetic: 0.8,
+        named(2, 5): 0.06, named(4, 12): 0.08, numbered(3, 12): 0.05, numbered(13, 40): 0.03, numbered(41, 100): 0.03,
         talk: 0.1,
     }
 )  # fmt: skip

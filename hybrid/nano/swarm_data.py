@@ -17,7 +17,8 @@ ASSIGN = tool_of("assign_task", "Give a sub-agent a task; calls in one turn run 
 ORCHESTRATOR = "You are Kimi. Split work among sub-agents."
 _SYSTEM = [ORCHESTRATOR, "You are Kimi, an orchestrator.", "Use sub-agents for work on many items."]
 _CREATED = ["{} is ready.", "created {}", "ok", "Sub-agent {} created.", '{{"name": "{}"}}']
-_MERGED = 40  # items; longer conversations end with the fan-out
+_LONG = 12  # items
+_MERGED = 40  # items; longer conversations always end with the fan-out
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,11 +82,18 @@ def counted_fan_out(rng: random.Random, held_out: bool, least: int, most: int) -
     listed = rng.choice(
         ["{}s {} to {}", "{}s {} to {}", "each of {}s {} to {}", "all {}s from {} to {}", "{}s {} - {}"]
     )
-    return _swarm(rng, held_out, FIND, items, f"numbered {n}", listed.format(noun, first, first + n - 1))
+    merged = n <= _LONG or (n <= _MERGED and (held_out or rng.random() < 0.3))  # long ones mostly teach to count
+    return _swarm(rng, held_out, FIND, items, f"numbered {n}", listed.format(noun, first, first + n - 1), merged)
 
 
 def _swarm(
-    rng: random.Random, held_out: bool, job: Job, items: list[str], score: str, listed: str | None = None
+    rng: random.Random,
+    held_out: bool,
+    job: Job,
+    items: list[str],
+    score: str,
+    listed: str | None = None,
+    merged: bool = True,
 ) -> Conversation:
     what = words.a_property(rng, held_out)
     talk = Conversation(rng.random() < 0.5, tools_with(rng, [CREATE, ASSIGN], 2), copied=[what])
@@ -102,7 +110,7 @@ def _swarm(
         for i, item in enumerate(items, 1)
     ]
     talk.assistant(f"fan-out {score}", calls=tasks, reasoning="Assign the tasks.")
-    if len(items) > _MERGED:
+    if not merged:
         return talk
     lines = []
     values = [words.value(rng, held_out) for _ in items]

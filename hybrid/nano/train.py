@@ -2,7 +2,8 @@
 
 Phases end when their scores are reached, not by the clock: copying first and alone, in small steps, because nothing
 else is learned without it; then everything, with longer swarms; the experts see INT4 rounding from the third phase on,
-so that what ships is what was trained. DIR gets `state.pt` (every few minutes) and `log.jsonl`.
+so that what ships is what was trained. DIR gets `state.pt` (every few minutes) and `log.jsonl`; the eyes begin with
+the `tower.pt` of `hybrid.nano.first_look` if it is there.
 """
 
 import argparse
@@ -73,7 +74,7 @@ PHASES = (
     Phase("copying", COPYING, 1000, 3000, {"copy": 0.2}, COPY_PROBES, 200, quantised=False),
     Phase("basics", BASICS, 1700, 6000, {"tool": 0.8, "fan-out 4": 0.5, "sum think": 0.5}, quantised=False, rate=0.4),
     Phase("full", FULL, 2200, 6000, {"tool": 0.97, "fan-out 4": 0.97, "fan-out 10": 0.8, "sum think": 0.97}, rate=0.4),
-    Phase("decay", FULL, 4000, 1300, probed_every=300, decays=True, rate=0.4),
+    Phase("decay", FULL, 2400, 4600, decays=True, rate=0.4),
 )
 
 
@@ -112,6 +113,8 @@ class Trainer:
         self.progress = Progress()
         if (directory / "state.pt").is_file():
             self._load(torch.load(directory / "state.pt", map_location=device, weights_only=True))
+        elif (directory / "tower.pt").is_file():
+            tower.load(torch.load(directory / "tower.pt", map_location=device, weights_only=True))
 
     def run(self, phases: tuple[Phase, ...] = PHASES) -> None:
         """Every phase from where the directory's state stands."""
