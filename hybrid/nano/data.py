@@ -13,6 +13,35 @@ from hybrid.nano import words
 from hybrid.nano.conversation import Conversation, Json, call_of, tool_of
 
 _BEFORE = ["Hello! ", "OK. ", "Next: ", "Hi, ", "Please: ", "Now: "]
+_POLITE = ["Please ", "Can you ", "Could you ", "Now ", "I want you to "]  # before an order, in small letters
+_ORDERS = frozenset(
+    [
+        "Calculate",
+        "Call",
+        "Compute",
+        "Copy",
+        "Find",
+        "Get",
+        "List",
+        "Look",
+        "Make",
+        "Open",
+        "Read",
+        "Repeat",
+        "Report",
+        "Run",
+        "Save",
+        "Say",
+        "Search",
+        "Send",
+        "Show",
+        "Store",
+        "Tell",
+        "Try",
+        "Use",
+        "Write",
+    ]
+)
 _AFTER = [" Thanks.", " Please.", " Thank you!", " Be quick."]
 Make = Callable[[random.Random, bool], Conversation]
 
@@ -58,7 +87,7 @@ SKILLS = {
             "Tell me the {property} of {item}.",
             "I want to know the {property} of {item}.",
             "Search the web: {property} of {item}?",
-            "Can you find out the {property} of {item}?",
+            "Can you please tell me the {property} of {item}?",
         ],
         _find,
         lambda rng, held_out, fields: f"{fields['property']} of {fields['item']}: {words.value(rng, held_out)}",
@@ -73,12 +102,18 @@ SKILLS = {
             "Show me the file {path}.",
             "Open {path}.",
             "What does {path} say?",
-            "Show me what {path} says.",
+            "Can you please show me the file {path}?",
         ],
         lambda rng, held_out: {"path": words.path(rng, held_out)},
         lambda rng, held_out, fields: _line(rng, held_out),
         "{path}: {result}",
-        ["Read {path}.", "Show me the files {path}.", "What is in {path}?", "Open {path}.", "Show {path}."],
+        [
+            "Read {path}.",
+            "Show me the files {path}.",
+            "What is in {path}?",
+            "Open {path}.",
+            "Can you please read {path}?",
+        ],
     ),
     "write_file": Skill(
         tool_of("write_file", "Write a text file.", content="", path=""),
@@ -88,7 +123,7 @@ SKILLS = {
             "Write a file {path} with {content}.",
             "Please save {content} as {path}.",
             "Store {content} in {path}.",
-            "Please write {content} in the file {path}.",
+            "Can you please save {content} in {path}?",
         ],
         lambda rng, held_out: {"content": _line(rng, held_out), "path": words.path(rng, held_out)},
         lambda rng, held_out, fields: rng.choice(["ok", "written", f"{words.number(rng)} bytes"]),
@@ -102,12 +137,17 @@ SKILLS = {
             "List {path}.",
             "Show me the folder {path}.",
             "What is in the folder {path}?",
-            "Show me which files are in {path}.",
+            "Can you please list {path}?",
         ],
         lambda rng, held_out: {"path": words.thing(rng, held_out)},
         lambda rng, held_out, fields: _files(rng, held_out),
         "{path} holds:\n{result}",
-        ["List the files in {path}.", "Which files are in {path}?", "List {path}.", "Show the files in {path}."],
+        [
+            "List the files in {path}.",
+            "Which files are in {path}?",
+            "List {path}.",
+            "Can you please list the files in {path}?",
+        ],
     ),
     "calculator": Skill(
         tool_of("calculator", "Compute an arithmetic expression.", expression=""),
@@ -116,7 +156,7 @@ SKILLS = {
             "Compute {expression}.",
             "Calculate {expression}.",
             "{expression} = ?",
-            "Please compute {expression} for me.",
+            "Can you please compute {expression}?",
         ],
         _sum,
         lambda rng, held_out, fields: words.number(rng),
@@ -125,7 +165,7 @@ SKILLS = {
             "Compute {expression}.",
             "Calculate {expression}.",
             "What are {expression}?",
-            "Please compute {expression} for me.",
+            "Can you please compute {expression}?",
         ],
     ),
     "python": Skill(
@@ -136,7 +176,7 @@ SKILLS = {
             "Run this Python code: {code}",
             "Use Python to run {code}.",
             "Try {code} in Python.",
-            "Please run {code} with Python.",
+            "Can you please run {code} in Python?",
         ],
         lambda rng, held_out: {"code": _code(rng, held_out)},
         lambda rng, held_out, fields: words.value(rng, held_out),
@@ -150,7 +190,7 @@ SKILLS = {
             "Tell me the weather in {city}.",
             "Weather in {city}?",
             "Is the weather good in {city}?",
-            "Please tell me how the weather is in {city}.",
+            "Can you please tell me the weather in {city}?",
         ],
         lambda rng, held_out: {"city": words.name(rng, held_out)},
         lambda rng, held_out, fields: f"{rng.randint(-9, 39)} C, {rng.choice(words.WEATHER)}",
@@ -159,7 +199,7 @@ SKILLS = {
             "What is the weather in {city}?",
             "Tell me the weather in {city}.",
             "Weather in {city}?",
-            "Please tell me how the weather is in {city}.",
+            "Can you please tell me the weather in {city}?",
         ],
     ),
     "send_mail": Skill(
@@ -170,7 +210,7 @@ SKILLS = {
             "Send {text} to {to}.",
             "Please mail {to}: {text}",
             "Send a mail to {to}: {text}",
-            "Mail to {to}: {text}.",
+            "Can you please send {to} a mail that says {text}?",
         ],
         lambda rng, held_out: {"text": _line(rng, held_out), "to": words.name(rng, held_out)},
         lambda rng, held_out, fields: rng.choice(["sent", "queued", "ok"]),
@@ -189,9 +229,12 @@ def phrase(rng: random.Random, phrasings: Sequence[str], held_out: bool) -> str:
     """One way to ask. The last of several is kept for held-out conversations, which use it half of the time."""
     if held_out and rng.random() < 0.5:
         return phrasings[-1]
-    before = rng.choice(_BEFORE) if rng.random() < 0.15 else ""
-    after = rng.choice(_AFTER) if rng.random() < 0.15 else ""
-    return before + rng.choice(phrasings[:-1] or phrasings) + after
+    asked = rng.choice(phrasings[:-1] or phrasings)
+    if asked.split(" ")[0] in _ORDERS and rng.random() < 0.3:
+        asked = rng.choice(_POLITE) + asked[0].lower() + asked[1:]
+    before = rng.choice(_BEFORE) if rng.random() < 0.1 else ""
+    after = rng.choice(_AFTER) if rng.random() < 0.1 else ""
+    return before + asked + after
 
 
 def tools_with(rng: random.Random, needed: Sequence[Json], extra: int = 3) -> list[Json]:
@@ -269,7 +312,7 @@ def unseen_tool(rng: random.Random, held_out: bool) -> Conversation:
         "Try {name} with {value}.",
         "What is the {about} of {value}?",
         "Use the tool {name}: {value}",
-        "Please call {name} with {value}.",
+        "Can you please call {name} for {value}?",
     ]
     talk.user(phrase(rng, asked, held_out).format(name=name, key=key, about=about, value=value))
     call = call_of(0, name, **{key: value})
@@ -300,7 +343,7 @@ def copy_list(rng: random.Random, held_out: bool, longest: int = 12) -> Conversa
             "Say after me: {}",
             "Copy this: {}",
             "Write again: {}",
-            "Please repeat: {}",
+            "Can you please repeat this list: {}",
         ]
         talk.user(phrase(rng, asked, held_out).format(", ".join(things)))
         talk.assistant("copy", ", ".join(things), reasoning="Repeat it.")
@@ -311,7 +354,7 @@ def copy_list(rng: random.Random, held_out: bool, longest: int = 12) -> Conversa
             "Bullet points: {}",
             "List these: {}",
             "As a list: {}",
-            "Write a list: {}",
+            "Can you please list these: {}",
         ]
         talk.user(phrase(rng, asked, held_out).format(words.listed(rng, things)))
         talk.assistant("copy", "\n".join(f"- {thing}" for thing in things), reasoning="One line each.")
@@ -324,61 +367,9 @@ def copy_list(rng: random.Random, held_out: bool, longest: int = 12) -> Conversa
             "{}. Which value has {}?",
             "{}. Tell me what {} is.",
             "{}. And {}?",
-            "{}. What value has {}?",
+            "{}. Can you tell me what {} is?",
         ]
         talk.user(phrase(rng, asked, held_out).format("; ".join(facts), things[at]))
         talk.copied = values
         talk.assistant("lookup", values[at], reasoning=f"{things[at]} is {values[at]}.")
     return talk
-
-
-def arithmetic(rng: random.Random, held_out: bool) -> Conversation:
-    """Sums and differences of numbers below 100, bare or as a word problem; held-out pairs are never trained on."""
-    while True:
-        a, b = rng.randint(0, 99), rng.randint(0, 99)
-        if words.is_held_out(f"{max(a, b)} {min(a, b)}") == held_out:  # neither order may be trained on
-            break
-    plus = rng.random() < 0.7
-    a, b = (a, b) if plus else (max(a, b), min(a, b))
-    talk = Conversation(rng.random() < 0.7)
-    worded = rng.random() < 0.3
-    if worded:
-        who, what = words.name(rng, held_out), rng.choice(["apples", "books", "coins", "cards", "stamps", "shells"])
-        more = [
-            "{} has {} {} and gets {} more. How many now?",
-            "{} has {} {} and finds {} more. How many are there?",
-            "{} sees {} {} and then {} more. How many in all?",
-            "{} buys {} {}, then {} more. How many in all?",
-        ]
-        fewer = [
-            "{} has {} {} and gives away {}. How many are left?",
-            "{} has {} {} and sells {}. How many are left?",
-            "{} has {} {} and eats {}. How many remain?",
-            "{} had {} {} and lost {}. How many remain?",
-        ]
-        talk.user(phrase(rng, more if plus else fewer, held_out).format(who, a, what, b))
-    else:
-        asked = [
-            "What is {} {} {}?",
-            "{} {} {} = ?",
-            "Compute {} {} {}.",
-            "Calculate {} {} {}.",
-            "{} {} {}",
-            "Please calculate {} {} {}.",
-        ]
-        talk.user(phrase(rng, asked, held_out).format(a, "+" if plus else "-", b))
-    kind = "word problem" if worded else "sum" if plus else "difference"
-    score = f"{kind} {'think' if talk.thinking else 'direct'}"
-    talk.assistant(score, str(a + b if plus else a - b), reasoning=worked(a, b, plus))
-    return talk
-
-
-def worked(a: int, b: int, plus: bool) -> str:
-    """The sum or difference digit by digit: ones, then tens with what was carried or borrowed."""
-    if plus:
-        ones = a % 10 + b % 10
-        tens = f"{a // 10} + {b // 10} + {ones // 10} = {a // 10 + b // 10 + ones // 10}"
-        return f"{a} + {b}: {a % 10} + {b % 10} = {ones}, {tens}."
-    borrowed = int(a % 10 < b % 10)
-    last = f"{a % 10 + 10 * borrowed} - {b % 10} = {a % 10 + 10 * borrowed - b % 10}"
-    return f"{a} - {b}: {last}, {a // 10} - {b // 10} - {borrowed} = {a // 10 - b // 10 - borrowed}."

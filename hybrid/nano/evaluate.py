@@ -32,8 +32,9 @@ from typing import Any
 import aiohttp
 
 from hybrid.nano.conversation import Conversation, Json
-from hybrid.nano.data import Make, arithmetic, copy_list, known_tool, phrase, unseen_tool
+from hybrid.nano.data import Make, copy_list, known_tool, phrase, unseen_tool
 from hybrid.nano.mixture import named, numbered
+from hybrid.nano.sums import arithmetic
 from hybrid.nano.swarm_data import sub_agent
 from hybrid.nano.swarm_run import Ask, Refused, run_swarm, swarm_of
 from hybrid.nano.talk import talk

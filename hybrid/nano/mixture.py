@@ -11,8 +11,9 @@ from functools import partial
 
 from hybrid.nano import pictures, words
 from hybrid.nano.conversation import Conversation, declaration
-from hybrid.nano.data import Make, arithmetic, copy_list, known_tool, unseen_tool
+from hybrid.nano.data import Make, copy_list, known_tool, unseen_tool
 from hybrid.nano.pictures import picture
+from hybrid.nano.sums import arithmetic
 from hybrid.nano.swarm_data import counted_fan_out, named_fan_out, sub_agent
 from hybrid.nano.talk import talk
 from hybrid.nano.vocabulary import Vocabulary, build_vocabulary

@@ -23,9 +23,10 @@ from hybrid.config import EngineConfig
 from hybrid.engine import Engine
 from hybrid.moe import Moe
 from hybrid.nano.conversation import Encoded, encode
-from hybrid.nano.data import Make, arithmetic, copy_list, known_tool, unseen_tool
+from hybrid.nano.data import Make, copy_list, known_tool, unseen_tool
 from hybrid.nano.load import report
 from hybrid.nano.mixture import named, numbered
+from hybrid.nano.sums import arithmetic
 from hybrid.nano.swarm_data import sub_agent
 from hybrid.nano.talk import talk
 from hybrid.nano.vocabulary import Vocabulary, read_vocabulary

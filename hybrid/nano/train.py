@@ -26,11 +26,12 @@ from hybrid.config import ModelConfig
 from hybrid.nano import mixture
 from hybrid.nano.batches import packed, windowed
 from hybrid.nano.conversation import Encoded, encode
-from hybrid.nano.data import Make, arithmetic, copy_list, known_tool, unseen_tool
+from hybrid.nano.data import Make, copy_list, known_tool, unseen_tool
 from hybrid.nano.mixture import BASICS, COPYING, FULL, Mixture, named, numbered
 from hybrid.nano.network import Network
 from hybrid.nano.optimiser import Optimiser
 from hybrid.nano.probe import exact, probes
+from hybrid.nano.sums import arithmetic
 from hybrid.nano.swarm_data import sub_agent
 from hybrid.nano.talk import talk
 from hybrid.nano.vision import Tower
@@ -74,7 +75,7 @@ PHASES = (
     Phase("copying", COPYING, 1000, 3000, {"copy": 0.2}, COPY_PROBES, 200, quantised=False),
     Phase("basics", BASICS, 1700, 6000, {"tool": 0.8, "fan-out 4": 0.5, "sum think": 0.5}, quantised=False, rate=0.4),
     Phase("full", FULL, 2200, 6000, {"tool": 0.97, "fan-out 4": 0.97, "fan-out 10": 0.8, "sum think": 0.97}, rate=0.4),
-    Phase("decay", FULL, 2400, 4600, decays=True, rate=0.4),
+    Phase("decay", FULL, 2400, 4000, decays=True, rate=0.4),
 )
 
 

@@ -9,7 +9,8 @@ import pytest
 
 from hybrid.nano import mixture, words
 from hybrid.nano.conversation import Conversation
-from hybrid.nano.data import arithmetic, known_tool, unseen_tool, worked
+from hybrid.nano.data import known_tool, unseen_tool
+from hybrid.nano.sums import arithmetic, worked
 from hybrid.nano.swarm_data import FIND, READ, sub_agent
 
 FAMILIES = list(mixture.FULL.shares)
@@ -60,7 +61,7 @@ def test_names_stay_on_their_side(held_out: bool) -> None:
 
 def test_held_out_phrasings_never_train() -> None:
     rng = random.Random(4)
-    unseen = ("of every one of", "Read every one of")
+    unseen = ("Can you please find the ", "Can you please read ")
     assert unseen[0] in FIND.asked[-1]
     assert unseen[1] in READ.asked[-1]
     trained = [str(make(rng, False).messages) for make in FAMILIES for _ in range(60)]

@@ -17,9 +17,10 @@ from aiohttp import web
 
 from hybrid.nano import evaluate
 from hybrid.nano.conversation import Json, encode
-from hybrid.nano.data import arithmetic, known_tool
+from hybrid.nano.data import known_tool
 from hybrid.nano.evaluate import EvaluationError, Turn, connected, families, grade, serving, turns_of, wilson
 from hybrid.nano.mixture import named
+from hybrid.nano.sums import arithmetic
 from hybrid.nano.swarm_run import Refused
 from hybrid.nano.talk import talk
 from hybrid.nano.vocabulary import read_vocabulary
