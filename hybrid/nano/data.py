@@ -14,33 +14,9 @@ from hybrid.nano.conversation import Conversation, Json, call_of, tool_of
 
 _BEFORE = ["Hello! ", "OK. ", "Next: ", "Hi, ", "Please: ", "Now: "]
 _POLITE = ["Please ", "Can you ", "Could you ", "Now ", "I want you to "]  # before an order, in small letters
-_ORDERS = frozenset(
-    [
-        "Calculate",
-        "Call",
-        "Compute",
-        "Copy",
-        "Find",
-        "Get",
-        "List",
-        "Look",
-        "Make",
-        "Open",
-        "Read",
-        "Repeat",
-        "Report",
-        "Run",
-        "Save",
-        "Say",
-        "Search",
-        "Send",
-        "Show",
-        "Store",
-        "Tell",
-        "Try",
-        "Use",
-        "Write",
-    ]
+_ORDERS = words.table(
+    "Calculate Call Compute Copy Find Get List Look Make Open Read Repeat Report Run Save Say Search Send Show Store "
+    "Tell Try Use Write"
 )
 _AFTER = [" Thanks.", " Please.", " Thank you!", " Be quick."]
 Make = Callable[[random.Random, bool], Conversation]

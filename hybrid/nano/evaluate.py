@@ -1,9 +1,10 @@
 """Grade nano through the server, on held-out items: `python -m hybrid.nano.evaluate`.
 
-Every graded turn is asked for with the right conversation before it, greedily, and must be right as a whole: the
-reasoning, the content, the calls with their ids, names, order and argument text. In swarms the model decides every
-turn (`hybrid.nano.swarm_run`). Without --url a server is started for the time of the run, as a process of its own.
-Knows nothing of what is behind the URL. Called from the command line and by the system tests.
+Every graded turn is asked for with the right conversation before it, greedily, and must be right as a whole, as the
+server's parser reads it: the reasoning, the content, the calls with their ids, names, order and argument text. In
+swarms the model decides every turn (`hybrid.nano.swarm_run`). Without --url a server is started for the time of the
+run, as a process of its own. Knows nothing of what is behind the URL. Called from the command line and by the system
+tests.
 """
 
 import argparse
@@ -309,8 +310,8 @@ def main(arguments: list[str]) -> None:
         parser.error("--model: is for the server that is started here; leave it out with --url")
     if options.items < 1 or options.swarms < 0:
         parser.error("--items must be at least 1, --swarms at least 0")
-    if options.out and not options.out.parent.is_dir():
-        parser.error(f"--out: there is no folder {options.out.parent}; make it first")
+    if options.out and (options.out.is_dir() or not options.out.parent.is_dir()):
+        parser.error(f"--out {options.out}: name a file in a folder that exists")
     try:
         with nullcontext(options.url) if options.url else serving(options.model) as url:
             report = asyncio.run(_run(url.rstrip("/"), options.items, options.swarms))

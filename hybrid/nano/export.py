@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from hybrid.nano.network import int4
-from hybrid.nano.train import CONFIG
+from hybrid.nano.train import CONFIG, PHASES
 from hybrid.nano.vocabulary import read_vocabulary
 from offload.checkpoint import INDEX_NAME
 from offload.formats import pack_int4
@@ -52,8 +52,16 @@ def _packed(name: str, matrix: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def export(trained: Path, out: Path) -> None:
-    """Write the checkpoint directory. OSError where `trained` holds no state."""
+    """Write the checkpoint directory.
+
+    Raises OSError where `trained` holds no state, ValueError where it has not come to the phases with INT4 rounding.
+    """
     state = torch.load(trained / "state.pt", map_location="cpu", weights_only=True)
+    phase = PHASES[min(state["progress"]["phase"], len(PHASES) - 1)]
+    if not phase.quantised:
+        raise ValueError(
+            f"{trained}: is in the phase {phase.name}, which knows nothing of INT4; go on with the training"
+        )
     made = tensors(state)
     out.mkdir(parents=True, exist_ok=True)
     save_file(made, out / SHARD, {"format": "pt"})
@@ -77,7 +85,10 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("trained", type=Path, help="directory of hybrid.nano.train")
     parser.add_argument("out", type=Path, help="checkpoint directory to write")
     options = parser.parse_args(arguments)
-    export(options.trained, options.out)
+    try:
+        export(options.trained, options.out)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

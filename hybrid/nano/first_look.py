@@ -3,7 +3,7 @@
 Telling shapes and digits apart takes tens of thousands of pictures. Through the text model each costs ten times as
 much as through the tower alone, so a throw-away reader asks the tower first: one attention with a query for each
 question, and a choice among all short answers. Shapes come first and alone, as they take longest to learn. DIR gets
-`tower.pt`, with which `hybrid.nano.train` begins.
+`tower.pt` at the end, some minutes later, and `hybrid.nano.train` begins with it.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from hybrid.nano.pictures import COLOURS, COUNTS, MARKUP, PLACES, SHAPES, pictur
 from hybrid.nano.vision import Tower
 
 CONFIG = Path(__file__).with_name("config.json")
-SEED = 30_000
+SEED = 50_000
 LESSONS = ((("shape",), 350, 32), (("shape", "digit"), 350, 32), (None, 2500, 48))  # kinds, steps, pictures of a step
 MUON_RATE = 5e-3
 ADAM_RATE = 1.5e-3
@@ -86,7 +86,7 @@ def asked(tower: Tower, reader: Reader, talks: Sequence[Conversation]) -> tuple[
 def teach(
     tower: Tower, width: int, file: Path, tell: Callable[[str], None], lessons: Sequence[Lesson] = LESSONS
 ) -> None:
-    """Teach the tower and write its weights every few hundred steps. Tells the scores on held-out pictures."""
+    """Teach the tower, telling its scores on held-out pictures now and then, and write its weights at the end."""
     torch.manual_seed(SEED)
     reader = Reader(width)
     optimiser = Optimiser([*tower.named(), *reader.named_parameters()])
@@ -104,7 +104,8 @@ def teach(
         if step % _LOG_STEPS == 0 or step == len(plan):
             tell(json.dumps({"step": step, "loss": sum(losses) / len(losses), "scores": scores(tower, reader)}))
             losses = []
-            torch.save({name: weight.detach() for name, weight in tower.named()}, file)
+    torch.save({name: weight.detach() for name, weight in tower.named()}, file.with_suffix(".part"))
+    file.with_suffix(".part").replace(file)
 
 
 @torch.no_grad()

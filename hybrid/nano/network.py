@@ -23,7 +23,7 @@ HEAD_STD = 0.01
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Documents of `lengths[i][1]` tokens each, `lengths[i][0]` of them, padded to rectangles and laid end to end."""
+    """Documents of `shapes[i][1]` tokens each, `shapes[i][0]` of them, padded to rectangles and laid end to end."""
 
     ids: torch.Tensor  # (T,)
     positions: torch.Tensor  # (T,)

@@ -13,6 +13,7 @@ from torch import nn
 _MOMENTUM = 0.95
 _DECAY = 0.05
 _STEPS = 5
+_ADAM = ("embed_tokens.weight", "lm_head.weight", "mlp.gate.weight", "queries.weight")  # tables, and the router
 _EYES = 1 / 3  # of AdamW's rate
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of Muon's quintic iteration
 
@@ -32,7 +33,7 @@ class Optimiser:
         )
 
     def step(self, muon_rate: float, adam_rate: float) -> None:
-        """One update from the gradients, clipped to norm 1 together; the gradients are cleared."""
+        """One update from the gradients, clipped to norm 1, the eyes' on their own; the gradients are cleared."""
         for group, factor in zip(self._adam.param_groups, (1.0, _EYES), strict=False):
             group["lr"] = adam_rate * factor
             nn.utils.clip_grad_norm_(group["params"] if factor == _EYES else [*self._muon, *group["params"]], 1.0)
@@ -71,4 +72,4 @@ def orthogonalised(gradient: torch.Tensor) -> torch.Tensor:
 
 
 def _suits_muon(name: str, weight: torch.Tensor) -> bool:
-    return weight.ndim == 2 and not name.endswith(("embed_tokens.weight", "lm_head.weight", "mlp.gate.weight"))
+    return weight.ndim == 2 and not name.endswith(_ADAM)

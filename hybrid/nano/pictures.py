@@ -1,11 +1,9 @@
 """Simple pictures with questions: colours, shapes, counts, positions, digits, and page mock-ups told as HTML.
 
-Drawn with numpy alone; sizes, places, colours and grain vary, so that no two are the same. Pillow is asked only for
-PNG files, which a server is sent. Called by `hybrid.nano.mixture`, `hybrid.nano.batches` and `hybrid.nano.evaluate`.
+Drawn with numpy alone; sizes, places, colours and grain vary, so that no two are the same. Called by
+`hybrid.nano.mixture` and `hybrid.nano.first_look`.
 """
 
-import base64
-import io
 import math
 import random
 from collections.abc import Callable
@@ -15,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from hybrid.nano.conversation import Conversation, Json
+from hybrid.nano.conversation import Conversation
 from hybrid.nano.data import phrase
 
 Pixels = npt.NDArray[np.uint8]
@@ -94,37 +92,9 @@ class Picture:
         """(3, H, W) float32 between -1 and 1: mean and deviation 0.5, as Kimi-K2.5 normalises."""
         return torch.from_numpy(self.pixels).permute(2, 0, 1).float().div_(127.5).sub_(1)
 
-    def png(self) -> bytes:
-        """The image as a PNG file."""
-        from PIL import Image  # training needs no Pillow
-
-        file = io.BytesIO()
-        Image.fromarray(self.pixels).save(file, "PNG")
-        return file.getvalue()
-
-
-def sendable(conversation: Conversation) -> list[Json]:
-    """The conversation's messages with every image's data URL filled in, as a server takes them."""
-    images = iter(conversation.images)
-    return [_sendable(message, lambda: next(images)) for message in conversation.messages]
-
-
-def _sendable(message: Json, next_image: Callable[[], Picture]) -> Json:
-    if isinstance(message["content"], str):
-        return message
-    parts = [
-        {"type": "image_url", "image_url": {"url": _data_url(next_image())}} if part["type"] == "image_url" else part
-        for part in message["content"]
-    ]
-    return {**message, "content": parts}
-
-
-def _data_url(image: Picture) -> str:
-    return f"data:image/png;base64,{base64.b64encode(image.png()).decode()}"
-
 
 def picture(rng: random.Random, held_out: bool, kind: str | None = None) -> Conversation:
-    """A question about one picture, of any kind of `QUESTIONS` or of one. Data URLs are left to `sendable`."""
+    """A question about one picture, of any kind of `QUESTIONS` or of one."""
     kind = kind or rng.choices(list(_SHARES), list(_SHARES.values()))[0]
     talk = Conversation(rng.random() < 0.5)
     canvas, answer = _KINDS[kind](rng)

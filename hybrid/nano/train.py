@@ -1,9 +1,9 @@
 """Train nano: `python -m hybrid.nano.train DIR`. Run again with the same DIR to go on where it stopped.
 
-Phases end when their scores are reached, not by the clock: copying first and alone, in small steps, because nothing
-else is learned without it; then everything, with longer swarms; the experts see INT4 rounding from the third phase on,
-so that what ships is what was trained. DIR gets `state.pt` (every few minutes) and `log.jsonl`; the eyes begin with
-the `tower.pt` of `hybrid.nano.first_look` if it is there.
+Phases end when their scores are reached, or after so many steps: copying first and alone, in small steps, because
+nothing else is learned without it; then everything, with longer swarms. The experts see INT4 rounding from the third
+phase on, so that what ships is what was trained. DIR gets `state.pt` (every few minutes) and `log.jsonl`; the eyes
+begin with the `tower.pt` of `hybrid.nano.first_look` if it is there.
 """
 
 import argparse
@@ -30,6 +30,7 @@ from hybrid.nano.data import Make, copy_list, known_tool, unseen_tool
 from hybrid.nano.mixture import BASICS, COPYING, FULL, Mixture, named, numbered
 from hybrid.nano.network import Network
 from hybrid.nano.optimiser import Optimiser
+from hybrid.nano.pictures import picture
 from hybrid.nano.probe import exact, probes
 from hybrid.nano.sums import arithmetic
 from hybrid.nano.swarm_data import sub_agent
@@ -50,7 +51,7 @@ _LOG_STEPS = 25
 
 COPY_PROBES: dict[Make, int] = {copy_list: 60}
 PROBES: dict[Make, int] = {
-    copy_list: 30, known_tool: 60, unseen_tool: 40, sub_agent: 40, arithmetic: 100, talk: 40,
+    copy_list: 30, known_tool: 60, unseen_tool: 40, sub_agent: 40, arithmetic: 100, talk: 40, picture: 70,
     named(2, 2): 10, named(4, 4): 20, named(10, 10): 15, numbered(12, 12): 10, numbered(30, 30): 6,
 }  # fmt: skip
 
@@ -116,6 +117,8 @@ class Trainer:
             self._load(torch.load(directory / "state.pt", map_location=device, weights_only=True))
         elif (directory / "tower.pt").is_file():
             tower.load(torch.load(directory / "tower.pt", map_location=device, weights_only=True))
+        else:
+            tell("no tower.pt: the eyes begin untaught; python -m hybrid.nano.first_look teaches them first")
 
     def run(self, phases: tuple[Phase, ...] = PHASES) -> None:
         """Every phase from where the directory's state stands."""
@@ -139,14 +142,15 @@ class Trainer:
             if done.steps % _LOG_STEPS == 0:
                 self._log(phase, loss=sum(losses) / len(losses), busiest=busiest)
                 losses = []
+            if done.step % phase.probed_every == 0 or done.step == phase.steps:
+                scores = self._scores(documents)
+                short = {name: least for name, least in phase.until.items() if scores[name] < least}
+                self._log(phase, scores={name: round(share, 3) for name, share in scores.items()}, short_of=short)
+                if phase.until and not short:
+                    break
             if time.monotonic() - saved > _SAVE_SECONDS:
                 self.save()
                 saved = time.monotonic()
-            if done.step % phase.probed_every == 0 or done.step == phase.steps:
-                scores = self._scores(documents)
-                self._log(phase, scores={name: round(share, 3) for name, share in scores.items()})
-                if phase.until and all(scores[name] >= least for name, least in phase.until.items()):
-                    break
 
     def _scores(self, documents: Sequence[Encoded]) -> dict[str, float]:
         """Share of right turns by score name; the workers split the documents."""
@@ -164,7 +168,7 @@ class Trainer:
         losses = cross_entropy(self.network(batch), batch.targets, reduction="none")
         loss = (losses * batch.weights).sum()
         loss.backward()  # type: ignore[no-untyped-call]
-        seen = torch.tensor([float(loss.detach()), float(batch.weights.sum()), float(batch.n_tokens)])
+        seen = torch.stack((loss.detach(), batch.weights.sum(), batch.real.sum().float()))
         weights = list(self.network.parameters())
         for weight in weights:
             weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
@@ -218,8 +222,13 @@ class Trainer:
 
 
 def _vocabulary(directory: Path) -> Vocabulary:
-    """The directory's, else the shipped model's; a new one is counted only where there is neither."""
+    """The directory's, else the shipped model's; a new one is counted only where there is neither.
+
+    Raises ValueError where a training has lost the vocabulary that it began with.
+    """
     if not (directory / "tiktoken.model").is_file():
+        if (directory / "state.pt").is_file():
+            raise ValueError(f"{directory}: holds state.pt without its tiktoken.model; restore it, or begin elsewhere")
         shipped = CONFIG.with_name("model")
         known = (shipped / "tiktoken.model").is_file()
         (read_vocabulary(shipped) if known else mixture.vocabulary()).write(directory)
@@ -238,6 +247,15 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--workers", type=int, default=1, help="processes; on a CPU one for each core is fastest")
     options = parser.parse_args(arguments)
+    if options.device not in ("cpu", "cuda") or (options.device == "cuda" and not torch.cuda.is_available()):
+        parser.error(f"--device {options.device}: cpu, or cuda where torch finds a CUDA device")
+    if options.workers < 1 or (options.workers > 1 and options.device != "cpu"):
+        parser.error(f"--workers {options.workers}: at least 1, and more only with --device cpu")
+    options.directory.mkdir(parents=True, exist_ok=True)
+    try:
+        _vocabulary(options.directory)  # once, before the workers
+    except ValueError as error:
+        parser.error(str(error))
     with tempfile.TemporaryDirectory() as scratch:
         meeting = Path(scratch) / "meeting"
         if options.workers == 1:

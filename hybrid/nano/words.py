@@ -4,25 +4,28 @@ Every item is a pure function of a `random.Random`. Names that `is_held_out` say
 Called by `hybrid.nano.data`.
 """
 
+import base64
+import functools
 import random
 import zlib
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 
-def _split(text: str) -> list[str]:
+def table(text: str) -> list[str]:
     """Words of a table; `_` stands for a space inside one."""
     return [word.replace("_", " ") for word in text.split()]
 
 
-_ONSETS = _split(
+_ONSETS = table(
     """
     b bl br c ch cl cr d dr f fl fr g gl gr h j k kl kr l m n p pl pr qu r s sh sk sl sp st t th tr v w y z
     """
 )
-_VOWELS = _split("a e i o u ai ea ou")
+_VOWELS = table("a e i o u ai ea ou")
 _CODAS = ["", "", "", "", "n", "r", "s", "l", "m", "x"]
 
-NAMES = _split(
+NAMES = table(
     """
     Paris London Berlin Madrid Rome Vienna Oslo Lima Cairo Tokyo Delhi Seoul Lisbon Dublin Prague Warsaw Athens Havana
     Boston Chicago Denver Dallas Seattle Toronto Sydney Munich Hamburg Milan Naples Venice Lyon Geneva Zurich Porto
@@ -38,7 +41,7 @@ NAMES = _split(
     Firefox Safari Intel Nvidia Tesla Toyota Honda Volvo Fiat Ford Boeing Airbus Siemens Philips Nokia Sony Canon Nikon
     """
 )
-THINGS = _split(
+THINGS = table(
     """
     apple pear plum peach cherry lemon orange banana grape melon mango onion garlic carrot potato tomato pepper bread
     butter cheese milk sugar salt rice pasta coffee tea water juice wine beer chair table lamp clock mirror window door
@@ -49,17 +52,17 @@ THINGS = _split(
     """
 )
 _REAL = NAMES + THINGS
-PROPERTIES = _split(
+PROPERTIES = table(
     """
     capital population price owner colour leader area age height author title total status date score length weight
     address phone_number speed depth budget deadline summary rating size width volume founder director language currency
     climate temperature distance version licence result winner name code value count topic main_point opening_time
     """
 )
-UNSEEN_PROPERTIES = _split("elevation manager birthday ticket_price sponsor postcode")
-COUNTED = _split("page chapter section row day week ticket question lesson invoice file step room floor seat")
-WEATHER = _split("sun rain snow wind fog clouds storms")
-_SUFFIXES = _split("txt md csv json log py html")
+UNSEEN_PROPERTIES = table("elevation manager birthday ticket_price sponsor postcode")
+COUNTED = table("page chapter section row day week ticket question lesson invoice file step room floor seat")
+WEATHER = table("sun rain snow wind fog clouds storms")
+_SUFFIXES = table("txt md csv json log py html")
 
 
 def is_held_out(text: str) -> bool:
@@ -72,13 +75,28 @@ def syllable(rng: random.Random) -> str:
     return rng.choice(_ONSETS) + rng.choice(_VOWELS) + rng.choice(_CODAS)
 
 
+@functools.cache
+def pieces() -> tuple[str, ...]:
+    """The letters that tokens of the shipped vocabulary consist of, two or more; real words where there is none."""
+    file = Path(__file__).with_name("model") / "tiktoken.model"
+    if not file.is_file():
+        return tuple(_REAL)
+    tokens = (base64.b64decode(line.split()[0]) for line in file.read_bytes().splitlines())
+    letters = {token.decode().strip() for token in tokens if token.isascii()}
+    return tuple(sorted(text for text in letters if len(text) > 1 and text.isalpha()))
+
+
 def made_up(rng: random.Random) -> str:
     """A made-up lower-case word, from neither side of the split in particular.
 
-    Two or three syllables, or two ends of real words, so that any piece of the vocabulary may have to be copied.
+    Syllables, pieces of the vocabulary, or two ends of real words, so that every token has to be copied at times: one
+    that stands in held-out words only would otherwise never be learned.
     """
-    if rng.random() < 0.6:
+    kind = rng.random()
+    if kind < 0.5:
         return "".join(syllable(rng) for _ in range(rng.choice((2, 2, 3))))
+    if kind < 0.75:
+        return "".join(rng.choice(pieces()) for _ in range(rng.choice((1, 2, 2))))
     first, second = rng.choice(_REAL), rng.choice(_REAL)
     return (first[: rng.randint(1, 4)] + second[-rng.randint(2, 4) :]).lower()
 
@@ -87,9 +105,13 @@ def name(rng: random.Random, held_out: bool) -> str:
     """A capitalised name: real or made up in training, of the held-out side where asked for."""
 
     def any_name() -> str:
-        return rng.choice(NAMES) if rng.random() < 0.4 else made_up(rng).capitalize()
+        return rng.choice(NAMES) if rng.random() < 0.4 else _capitalised(made_up(rng))
 
     return _of_side(any_name, held_out)
+
+
+def _capitalised(word: str) -> str:
+    return word[0].upper() + word[1:]
 
 
 def thing(rng: random.Random, held_out: bool) -> str:

@@ -18,7 +18,7 @@ from hybrid.nano.batches import packed, windowed
 from hybrid.nano.conversation import encode
 from hybrid.nano.network import Network, int4
 from hybrid.nano.optimiser import orthogonalised
-from hybrid.nano.train import CONFIG
+from hybrid.nano.train import CONFIG, PHASES
 from hybrid.nano.vision import Tower
 from hybrid.nano.vocabulary import read_vocabulary
 from offload.config import PoolConfig
@@ -48,7 +48,9 @@ def test_the_engine_serves_what_was_trained(untrained: Network, tmp_path: Path) 
     vocabulary = read_vocabulary(MODEL)
     document = encode(mixture.named(2, 2)(random.Random(5), True), vocabulary)
     untrained.quantise(True)
-    state = {"weights": untrained.state_dict(), "biases": {str(k): v for k, v in untrained.biases.items()}}
+    progress = {"phase": len(PHASES)}
+    biases = {str(layer): bias for layer, bias in untrained.biases.items()}
+    state = {"progress": progress, "weights": untrained.state_dict(), "biases": biases}
     torch.save(state, tmp_path / "state.pt")
     vocabulary.write(tmp_path)
     export.export(tmp_path, tmp_path / "out")
