@@ -4,6 +4,11 @@ Whole documents, token by token, so that a sequence can be replayed; docs/ROUTIN
 and no torch. Written by `hybrid.nano.record`; read by `hybrid.nano.load`, `hybrid.nano.plots` and `placement.routing`.
 """
 
+import contextlib
+import lzma
+import textwrap
+import tokenize
+import warnings
 import zipfile
 import zlib
 from dataclasses import dataclass, fields
@@ -27,6 +32,11 @@ ARRAYS = {
     "experts": ("TLK", "integers"), "scores": ("SLE", "numbers"),
 }  # fmt: skip
 KINDS = {"text": "U", "integers": "iu", "numbers": "f"}  # NumPy's letters
+# What zipfile and NumPy raise for bytes that are no archive of arrays; they parse headers as Python.
+_DAMAGED = (
+    ValueError, TypeError, IndexError, EOFError, OverflowError, RuntimeError, MemoryError, SyntaxError,
+    tokenize.TokenError, zipfile.BadZipFile, zlib.error, lzma.LZMAError,
+)  # fmt: skip
 
 
 class RecordError(ValueError):
@@ -83,13 +93,27 @@ class Record:
         return np.stack(rows).astype(np.int64)
 
 
+def shares_of(counts: npt.NDArray[Any], per_token: int) -> npt.NDArray[np.float64]:
+    """Probability that a token chooses each expert, from counts (L, E); a row's sum is `per_token`.
+
+    Each expert counts as chosen half a time more than it was, so that none is impossible.
+    """
+    more = counts + 0.5
+    return np.asarray(more / more.sum(axis=1, keepdims=True) * per_token)
+
+
 def write_record(path: Path, record: Record) -> None:
-    """Write the record in one move; the same record is the same file. Raises OSError."""
+    """Write the record in one move, or leave nothing; the same record is the same file. Raises OSError."""
     arrays: dict[str, Any] = {field.name: getattr(record, field.name) for field in fields(record)}
     scratch = path.with_name(f".{path.name}.part")
-    with scratch.open("wb") as file:
-        np.savez_compressed(file, format=np.array(FORMAT), version=np.array(VERSION), **arrays)
-    scratch.replace(path)
+    try:
+        with scratch.open("wb") as file:
+            np.savez_compressed(file, format=np.array(FORMAT), version=np.array(VERSION), **arrays)
+        scratch.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            scratch.unlink()
+        raise OSError(error.errno, error.strerror, str(path)) from None  # the name that the caller knows
 
 
 def read_record(path: Path) -> Record:
@@ -116,12 +140,15 @@ def read_record(path: Path) -> Record:
 
 def _arrays(path: Path) -> dict[str, Any]:
     try:
-        with path.open("rb") as file, np.lib.npyio.NpzFile(file, allow_pickle=False) as members:
-            return {name: members[name] for name in ("format", "version", *ARRAYS) if name in members}
+        with warnings.catch_warnings(), path.open("rb") as file:
+            warnings.simplefilter("ignore")  # an odd header is no reason to talk besides
+            with np.lib.npyio.NpzFile(file, allow_pickle=False) as members:
+                return {name: members[name] for name in ("format", "version", *ARRAYS) if name in members}
     except OSError as error:
-        raise RecordError(f"{path}: cannot be read: {error.strerror}") from None
-    except (ValueError, EOFError, RuntimeError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
-        raise RecordError(f"{path}: not an .npz file of plain arrays, or a damaged one: {error}") from None
+        raise RecordError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except _DAMAGED as error:
+        why = textwrap.shorten(str(error), 100, placeholder=" ...") or type(error).__name__
+        raise RecordError(f"{path}: not an .npz file of plain arrays, or a damaged one: {why}") from None
 
 
 def _wrong(record: Record) -> str | None:
@@ -135,9 +162,18 @@ def _wrong(record: Record) -> str | None:
         return "experts: expected different experts for a token, ascending"
     if len(record.scores) not in (*record.starts, n_tokens):
         return "scores: expected those of whole documents"
+    if record.layers[0] < 0 or (np.diff(record.layers) <= 0).any():
+        return "layers: expected numbers from 0, ascending"
+    if record.tokens.min() < 0:
+        return "tokens: expected ids from 0"
+    for name in ("bias", "scores"):
+        if not np.isfinite(getattr(record, name)).all():
+            return f"{name}: expected finite numbers"
     begin, end = record.turns.T
     if (begin < 0).any() or (begin >= end).any() or (end > n_tokens).any():
         return f"turns: expected start and stop from 0 to {n_tokens}"
     if (record.documents[begin] != record.documents[end - 1]).any():
         return "turns: expected each within one document"
+    if (begin[1:] < end[:-1]).any():
+        return "turns: expected them in order, none within another"
     return None

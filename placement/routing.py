@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hybrid.config import ModelConfig
-from hybrid.routes import RecordError, read_record
+from hybrid.routes import RecordError, read_record, shares_of
 
 DOCUMENT = "hybrid routing"
 ARCHIVE = b"PK"  # how an .npz begins, and no JSON does
@@ -60,8 +60,7 @@ def write_routing(path: Path, layers: tuple[int, ...], counts: npt.NDArray[np.in
 
 
 def read_routing(path: Path, model: ModelConfig) -> Routing:
-    """A record as probabilities. Each expert counts as chosen half a time more than it was, so that none is
-    impossible. Raises RoutingError."""
+    """A record as probabilities, by `hybrid.routes.shares_of`. Raises RoutingError."""
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -70,8 +69,7 @@ def read_routing(path: Path, model: ModelConfig) -> Routing:
         counts, tokens = _of_tokens(path, model)
     else:
         counts, tokens = _of_counts(path, content, model)
-    counts = counts + 0.5
-    shares = counts / counts.sum(axis=1, keepdims=True) * model.num_experts_per_tok
+    shares = shares_of(counts, model.num_experts_per_tok)
     if shares.max() > 1 + 1e-9:  # which rounding does not reach
         layer = model.moe_layers[int(shares.max(axis=1).argmax())]
         raise RoutingError(
@@ -89,12 +87,15 @@ def _of_tokens(path: Path, model: ModelConfig) -> tuple[Shares, int]:
     found = (record.layers.tolist(), record.n_experts, record.experts.shape[2])
     wanted = (list(model.moe_layers), model.n_routed_experts, model.num_experts_per_tok)
     if found != wanted:
-        raise RoutingError(f"{path}: recorded with {_shape(*found)}; this model has {_shape(*wanted)}")
+        raise RoutingError(
+            f"{path}: recorded with {_shape(*found)}; this model has {_shape(*wanted)}: another model's?"
+        )
     return record.counts().astype(np.float64), len(record.tokens)
 
 
 def _shape(layers: list[int], n_experts: int, per_token: int) -> str:
-    return f"{per_token} of {n_experts} experts in layers {layers[0]} to {layers[-1]}"
+    which = f"{layers[0]} to {layers[-1]}" if layers == [*range(layers[0], layers[-1] + 1)] else f"{layers}"
+    return f"{per_token} of {n_experts} experts in layers {which}"
 
 
 def _of_counts(path: Path, content: bytes, model: ModelConfig) -> tuple[Shares, int]:

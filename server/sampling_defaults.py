@@ -1,8 +1,9 @@
 """How tokens are drawn where a request does not say: as the checkpoint's generation_config.json wants it.
 
 What it leaves open is Kimi's advice for a model that speaks Kimi's template, and else the plain distribution. The keys
-are those that vLLM takes from the file, with the meaning they have in a request, and `do_sample`: where it is false the
-default is greedy, as in transformers. Knows no request. `app.py` reads them once, the handlers use them.
+have the meaning they have in a request. They are those that vLLM takes from the file except max_new_tokens (how long an
+answer may get is the request's business), and `do_sample`: where it is false the default is greedy, as in transformers.
+Knows no request. `app.py` reads them once, the handlers use them.
 """
 
 from dataclasses import dataclass, replace

@@ -13,7 +13,8 @@ from hybrid.nano.conversation import Encoded
 from hybrid.nano.network import Batch
 from hybrid.nano.vocabulary import SPECIAL
 
-_WINDOW = 8  # calls of a long fan-out that are taught at once
+_WINDOW = 16  # calls of a long fan-out that are taught at once, at most
+_LONG = 12  # calls; shorter fan-outs are taught whole
 _PADDED = 0.12  # of a rectangle, at most, before a new one is begun
 
 
@@ -29,17 +30,19 @@ class Span:
 def windowed(rng: random.Random, encoded: Encoded) -> Encoded:
     """A long fan-out with most of its calls left out: the first, then a few in a row, then the end or nothing.
 
-    The call right after the gap is not taught, as nothing in sight tells which one it is.
+    The call right after the gap is not taught, as nothing in sight tells which one it is. Windows differ in length, or
+    the number of calls in sight would tell where the list ends.
     """
     for start, stop, score in encoded.turns:
         calls = [i for i in range(start, stop) if encoded.ids[i] == SPECIAL["<|tool_call_begin|>"]]
-        if not score.startswith("fan-out") or len(calls) <= _WINDOW + 2:
+        if not score.startswith("fan-out") or len(calls) <= _LONG:
             continue
-        first = rng.randint(2, len(calls) - _WINDOW)
+        window = rng.randint(2, min(_WINDOW, len(calls) - 3))
+        first = rng.randint(2, len(calls) - window)
         weights = list(encoded.weights)
         weights[calls[first] : calls[first + 1]] = [0.0] * (calls[first + 1] - calls[first])
         encoded = replace(encoded, weights=weights)
-        last = first + 1 + _WINDOW
+        last = first + 1 + window
         if last < len(calls):  # the rest would show what comes after, so it goes
             encoded = _ended(encoded, calls[last])
         return encoded.without(calls[1], calls[first])

@@ -1,10 +1,11 @@
 """How evenly a record's tokens use the experts, and how many a batch needs: `python -m hybrid.nano.load RECORD`.
 
 Batches are put together from tokens that a server would run as decode steps, one of each conversation. Knows no model.
-Called by `hybrid.nano.record` and `hybrid.nano.plots`.
+Called by `hybrid.nano.record`.
 """
 
 import argparse
+import itertools
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from hybrid.routes import Floats, Integers, Record, RecordError, read_record
+from hybrid.routes import Floats, Integers, Record, RecordError, read_record, shares_of
 
 BATCHES = (8, 32)
 LOCK_STEP = "sub-agent call"
@@ -31,7 +32,7 @@ class Balance:
 
 
 def balance(counts: npt.NDArray[np.int64]) -> Balance:
-    """Of `Record.counts`, (L, E)."""
+    """Of `Record.counts`, (L, E), of one token at least."""
     loads = counts / counts.mean(axis=1, keepdims=True)
     return Balance(loads.max(axis=1), loads.min(axis=1), (counts == 0).sum(axis=1))
 
@@ -50,8 +51,8 @@ def apart(record: Record, batch: int) -> Floats | None:
     None where the record has fewer conversations.
     """
     decoded = np.flatnonzero(record.decoded)
-    of_document = [decoded[record.documents[decoded] == i] for i in range(len(record.starts))]
-    pools = [tokens for tokens in of_document if len(tokens)]
+    bounds = np.searchsorted(decoded, [*record.starts, len(record.tokens)])
+    pools = [decoded[a:b] for a, b in itertools.pairwise(bounds) if a < b]  # of each document
     if len(pools) < batch:
         return None
     rng = np.random.default_rng(SEED)
@@ -90,7 +91,7 @@ def mean_distinct(record: Record, batches: Integers) -> Floats:
 def report(record: Record) -> str:
     """Two Markdown tables: loads, and distinct experts of batches beside the laws."""
     decoded, per_token = record.decoded, record.experts.shape[2]
-    every, written = balance(record.counts()), balance(record.counts(decoded))
+    balances = (balance(record.counts()), balance(record.counts(decoded)) if decoded.any() else None)
     lines = [
         f"{len(record.tokens):,} tokens of {len(record.starts)} conversations, {decoded.sum():,} of them decode steps; "
         f"{per_token} of {record.n_experts} experts for a token; {len(record.scores):,} tokens with scores",
@@ -99,20 +100,23 @@ def report(record: Record) -> str:
         "|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for i, layer in enumerate(record.layers):
-        cells = (f"{one.busiest[i]:.2f} | {one.idlest[i]:.2f} | {one.dead[i]}" for one in (every, written))
-        lines.append(f"| {layer} | {' | '.join(cells)} |")
+        lines.append(f"| {layer} | {' | '.join(_loads(one, i) for one in balances)} |")
     lines += [
         "",
         "| layer | batch | uniform law | law of the shares | apart | lock-step |",
         "|---:|---:|---:|---:|---:|---:|",
     ]
-    shares = record.counts(decoded) / max(decoded.sum(), 1)
+    shares = shares_of(record.counts(), per_token)
     for batch in BATCHES:
         found = (law(shares, batch), apart(record, batch), in_step(record, batch))
         uniform = law(np.full(record.n_experts, per_token / record.n_experts), batch)
         for i, layer in enumerate(record.layers):
             lines.append(f"| {layer} | {batch} | {uniform:.1f} | {' | '.join(_cell(one, i) for one in found)} |")
     return "\n".join(lines)
+
+
+def _loads(of: Balance | None, layer: int) -> str:
+    return "– | – | –" if of is None else f"{of.busiest[layer]:.2f} | {of.idlest[layer]:.2f} | {of.dead[layer]}"
 
 
 def _cell(values: Floats | None, layer: int) -> str:

@@ -1,7 +1,7 @@
 """The model card's pictures: `python -m hybrid.nano.plots TRAINING_DIR RECORD OUT_DIR` writes loss.svg and load.svg.
 
 matplotlib is optional, so it is imported only to draw; without a date and with a fixed salt the same data is the same
-file. Reads the log of `hybrid.nano.train` and a record of `hybrid.nano.record`.
+file. Reads the log of `hybrid.nano.train` and a record of `hybrid.nano.record`; knows no network.
 """
 
 import argparse
@@ -12,8 +12,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hybrid.nano.load import balance
-from hybrid.nano.train import PHASES
 from hybrid.routes import Record, RecordError, read_record
 
 LIMIT = 3.0  # of a load, in units of the mean
@@ -29,6 +27,10 @@ SCORES = {
 }  # fmt: skip
 
 Line = dict[str, Any]  # of the log
+# Of a line: the first three are always there.
+KEYS: dict[str, type] = {"phase": str, "steps": int, "tokens": int, "loss": float, "scores": dict}
+ALWAYS = ("phase", "steps", "tokens")
+NOUNS = {str: "a name", int: "a whole number", float: "a number", dict: "numbers by name"}
 
 
 class PlotError(ValueError):
@@ -36,25 +38,41 @@ class PlotError(ValueError):
 
 
 def read_log(directory: Path) -> list[Line]:
-    """The lines of log.jsonl in order of their steps; what a training that was cut off did again counts once.
+    """The lines of log.jsonl in order of their steps; what a training that was cut off did again counts once, and a
+    last line that it did not finish not at all.
 
     Raises PlotError.
     """
     path = directory / "log.jsonl"
     try:
-        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        lines = path.read_bytes().splitlines()
     except OSError as error:
         raise PlotError(f"{path}: cannot be read: {error.strerror}; name a directory of hybrid.nano.train") from None
-    except ValueError as error:
-        raise PlotError(f"{path}: not JSON lines: {error}") from None
     kept: list[Line] = []
-    for line in lines:
+    for number, text in enumerate(lines, 1):
+        try:
+            line = _line(text)
+        except ValueError as error:
+            if number == len(lines) and not isinstance(error, PlotError):
+                break  # cut off while it was written
+            raise PlotError(f"{path}: line {number}: {error}; delete it") from None
         while kept and _order(kept[-1]) >= _order(line):
             kept.pop()
         kept.append(line)
     if not any("loss" in line for line in kept):
         raise PlotError(f"{path}: no loss yet: train on")
     return kept
+
+
+def _line(text: bytes) -> Line:
+    """One line of the log. Raises PlotError where it is another's, ValueError where it is not JSON."""
+    line = json.loads(text)
+    if not isinstance(line, dict):
+        raise PlotError("expected keys and values")
+    for key, kind in KEYS.items():
+        if not isinstance(line.get(key, None if key in ALWAYS else kind()), kind):
+            raise PlotError(f"expected {key} to be {NOUNS[kind]}")
+    return line
 
 
 def _order(line: Line) -> tuple[int, bool]:
@@ -64,11 +82,10 @@ def _order(line: Line) -> tuple[int, bool]:
 def phase_starts(log: Sequence[Line]) -> list[tuple[int, str]]:
     """Tokens seen before each phase, and its name."""
     starts: list[tuple[int, str]] = []
-    seen, phase = 0, None
+    seen = 0
     for line in log:
-        if line["phase"] != phase:
-            phase = line["phase"]
-            starts.append((seen, PHASES[phase].name if isinstance(phase, int) else phase))
+        if not starts or line["phase"] != starts[-1][1]:
+            starts.append((seen, line["phase"]))
         seen = line["tokens"]
     return starts
 
@@ -116,19 +133,19 @@ def draw_load(record: Record, figures: Any) -> Any:
     rows = -(-n_layers // columns)
     figure = figures.Figure(figsize=(2.6 * columns, 2.6 * rows + 0.6), layout="constrained")
     grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
-    counts = (record.counts(), record.counts(record.decoded))
+    masks = (None, record.decoded) if record.decoded.any() else (None,)
+    counts = [record.counts(mask) for mask in masks]
     loads = [found / found.mean(axis=1, keepdims=True) for found in counts]
-    every, written = (balance(found) for found in counts)
     edges = [i + 0.5 for i in range(record.n_experts + 1)]
     for i, axes in enumerate(grid.flat[:n_layers]):
-        everything, decoded = (sorted(load[i], reverse=True) for load in loads)
+        everything, *answers = (sorted(load[i], reverse=True) for load in loads)
         axes.stairs(everything, edges, fill=True, color=ALL, label="all tokens")
-        axes.stairs(decoded, edges, color=DECODED, linewidth=1.2, label="answers only")
+        for decoded in answers:
+            axes.stairs(decoded, edges, color=DECODED, linewidth=1.2, label="answers only")
         axes.axhline(1, color=FAINT, linewidth=0.8, label="mean")
         axes.axhline(LIMIT, color=WARNING, linewidth=0.9, linestyle="--", label=f"limit {LIMIT:.0f}")
-        axes.set_title(
-            f"layer {record.layers[i]}: busiest {every.busiest[i]:.2f} / {written.busiest[i]:.2f}", fontsize=9
-        )
+        busiest = " / ".join(f"{load[i].max():.2f}" for load in loads)
+        axes.set_title(f"layer {record.layers[i]}: busiest {busiest}", fontsize=9)
         axes.set_xlim(edges[0], edges[-1])
         axes.set_xlabel("experts, busiest first")
     for axes in grid.flat[n_layers:]:

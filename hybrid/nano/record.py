@@ -28,20 +28,19 @@ from hybrid.nano.load import report
 from hybrid.nano.mixture import named, numbered
 from hybrid.nano.sums import arithmetic
 from hybrid.nano.swarm_data import sub_agent
-from hybrid.nano.talk import talk
-from hybrid.nano.vocabulary import Vocabulary, read_vocabulary
+from hybrid.nano.vocabulary import N_RANKS, Vocabulary, read_vocabulary
 from hybrid.routes import Record, write_record
 from offload.config import PoolConfig
 
 SEED = 40_000
 TOKENS = 25_000
-SCORED_TOKENS = 1_850  # 218 compressed bytes each, where a token's choices are 6
+SCORED_TOKENS = 1_850  # most of the file: scores hardly compress
 PAGE = 16
 # Conversations of each family in a round of about 25,000 tokens. As many sub-agents as a large batch, so that those of
-# one swarm can be looked at together.
+# one swarm can be looked at together. No talk: most of its questions are the training's own.
 FAMILIES: dict[str, tuple[Make, int]] = {
     "sub-agent": (sub_agent, 40), "tool": (known_tool, 20), "tool unseen": (unseen_tool, 10),
-    "arithmetic": (arithmetic, 24), "copy": (copy_list, 8), "talk": (talk, 8),
+    "arithmetic": (arithmetic, 24), "copy": (copy_list, 8),
     "fan-out 2 to 5": (named(2, 5), 4), "fan-out 4 to 12": (named(4, 12), 3),
     "fan-out numbered 3 to 12": (numbered(3, 12), 2), "fan-out numbered 13 to 40": (numbered(13, 40), 1),
     "fan-out numbered 41 to 100": (numbered(41, 100), 1),
@@ -63,17 +62,18 @@ class Document:
 def documents(vocabulary: Vocabulary, n_tokens: int, scored: int) -> tuple[list[Document], int]:
     """Held-out conversations of `n_tokens` tokens or a little more, always the same, and how many of the first ones
     are to be scored: one of each family where they fit, `scored` tokens at most."""
-    drawn: list[Document] = []
+    first: dict[str, Document] = {}  # by family
+    rest: list[Document] = []
     stream = _drawn(vocabulary)
-    while sum(document.n_tokens for document in drawn) < n_tokens:
-        drawn.append(next(stream))
-    first: list[int] = []
-    for i, document in enumerate(drawn):
-        new = document.family not in {drawn[at].family for at in first}
-        if new and sum(drawn[at].n_tokens for at in first) + document.n_tokens <= scored:
-            first.append(i)
-    rest = [i for i in range(len(drawn)) if i not in first]
-    return [drawn[i] for i in first + rest], len(first)
+    while n_tokens > 0:
+        document = next(stream)
+        n_tokens -= document.n_tokens
+        if document.family not in first and document.n_tokens <= scored:
+            first[document.family] = document
+            scored -= document.n_tokens
+        else:
+            rest.append(document)
+    return [*first.values(), *rest], len(first)
 
 
 def _drawn(vocabulary: Vocabulary) -> Iterator[Document]:
@@ -154,6 +154,17 @@ def model_hash(directory: Path) -> str:
     return total.hexdigest()
 
 
+def _vocabulary(directory: Path) -> Vocabulary:
+    """Raises OSError, and ValueError where the model is not nano."""
+    try:
+        found = read_vocabulary(directory)
+    except ValueError:
+        found = Vocabulary({})
+    if found.tokens.keys() != set(range(N_RANKS)) or not {bytes([byte]) for byte in range(256)} <= found.ranks.keys():
+        raise ValueError(f"{directory}/tiktoken.model: expected nano's {N_RANKS} ranks; name a checkpoint of nano")
+    return found
+
+
 def main(arguments: list[str]) -> None:
     """The command."""
     parser = argparse.ArgumentParser(prog="python -m hybrid.nano.record", description=__doc__)
@@ -163,8 +174,10 @@ def main(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     if options.tokens < 1:
         parser.error("--tokens: expected at least 1")
+    if options.out.is_dir() or not options.out.parent.is_dir():  # the run takes minutes
+        parser.error(f"{options.out}: expected a file in a directory that is there")
     try:
-        chosen, n_scored = documents(read_vocabulary(options.model), options.tokens, SCORED_TOKENS)
+        chosen, n_scored = documents(_vocabulary(options.model), options.tokens, SCORED_TOKENS)
         made = record(options.model, chosen, n_scored, PoolConfig())
         write_record(options.out, made)
     except (OSError, ValueError) as error:

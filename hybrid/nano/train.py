@@ -45,7 +45,7 @@ MUON_RATE = 5e-3
 ADAM_RATE = 3e-3
 BALANCE_RATE = 0.01
 WARM_UP = 30  # steps
-_WINDOWED = 0.85  # of the long fan-outs; the others are taught whole
+_WINDOWED = 0.6  # of the long fan-outs; the others are taught whole
 _SAVE_SECONDS = 120
 _LOG_STEPS = 25
 

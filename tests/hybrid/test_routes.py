@@ -2,6 +2,7 @@
 
 import io
 import pickle
+import random
 import zipfile
 from collections.abc import Callable
 from dataclasses import fields, replace
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hybrid.routes import Record, RecordError, read_record, write_record
+from hybrid.routes import Record, RecordError, read_record, shares_of, write_record
 
 # Two layers of six experts, two of them for a token; documents of 4, 1 and 5 tokens, of which two hold turns.
 EXPERTS = [
@@ -50,6 +51,16 @@ def test_counts() -> None:
                 tally[layer, expert] += 1
     assert np.array_equal(RECORD.counts(), tally)
     assert RECORD.counts(RECORD.decoded).tolist() == [[2, 1, 0, 0, 1, 2], [1, 1, 1, 0, 1, 2]]
+
+
+def test_shares_are_of_half_a_choice_more() -> None:
+    # 1.5, 0.5 and 2.5 of 4.5; 0.5 each
+    assert np.allclose(shares_of(np.array([[1, 0, 2], [0, 0, 0]]), 2), [[6 / 9, 2 / 9, 10 / 9], [2 / 3, 2 / 3, 2 / 3]])
+
+
+def test_a_record_of_unsigned_ids_counts_too(tmp_path: Path) -> None:
+    write_record(tmp_path / "a.npz", replace(RECORD, experts=RECORD.experts.astype(np.uint64)))
+    assert np.array_equal(read_record(tmp_path / "a.npz").counts(), RECORD.counts())
 
 
 def test_to_the_disk_and_back(tmp_path: Path) -> None:
@@ -109,6 +120,13 @@ def changed(array: np.ndarray[Any, Any], index: Any, value: Any) -> np.ndarray[A
         ({"starts": np.array([0, 4, 10])}, "starts: expected 0 and then ascending numbers of tokens"),
         ({"scores": RECORD.scores[:3]}, "scores: expected those of whole documents"),
         ({"scores": RECORD.scores[..., :5]}, "scores: expected E to be 6 as elsewhere, found 5"),
+        ({"layers": np.array([3, 3])}, "layers: expected numbers from 0, ascending"),
+        ({"layers": np.array([-1, 3])}, "layers: expected numbers from 0, ascending"),
+        ({"tokens": changed(RECORD.tokens.astype(np.int32), 4, -1)}, "tokens: expected ids from 0"),
+        ({"bias": changed(RECORD.bias, (1, 5), np.nan)}, "bias: expected finite numbers"),
+        ({"scores": changed(RECORD.scores, (4, 1, 5), np.inf)}, "scores: expected finite numbers"),
+        ({"turns": RECORD.turns[::-1]}, "turns: expected them in order, none within another"),
+        ({"turns": changed(RECORD.turns, 2, [7, 10])}, "turns: expected them in order, none within another"),
         ({"families": np.array([1, 2, 3])}, "families: expected text of shape (D)"),
     ],
 )
@@ -165,6 +183,95 @@ def test_files_that_are_none(tmp_path: Path) -> None:
     with zipfile.ZipFile(path, "w") as file:  # a member that is no array
         file.writestr("format", "hybrid routing record")
     assert refusal(path).startswith("not a routing record of this version")
+
+
+HEADER = "{'descr': '<i8', 'fortran_order': False, 'shape': (10,), }"
+DAMAGED = "not an .npz file of plain arrays, or a damaged one: "
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        HEADER.replace("(10,)", "(10"),  # tokenize's error
+        HEADER.replace("<i8", ",i8"),  # SyntaxError
+        HEADER.replace("(10,)", "(99999999999999999999,)"),  # OverflowError
+        HEADER.replace("(10,)", "(True,)"),  # TypeError
+        HEADER.replace("'<i8'", "()"),  # IndexError
+        HEADER.replace("'<i8'", "[3]"),
+        HEADER.replace("(10,)", "(10L,)").replace("8'", "9'"),  # Python 2's, of which NumPy warns
+        HEADER.replace("}", "'x': '\\d', }"),  # of which Python warns
+        HEADER.replace("}", f"'{'x' * 5000}': 1, }}"),
+        "-" * 9000 + "1",
+    ],
+)
+def test_another_header_of_an_array(tmp_path: Path, header: str) -> None:
+    path = tmp_path / "a.npz"
+    content = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header.encode() + bytes(80)
+    packed(path, members() | {"tokens.npy": content})
+    assert refusal(path).startswith(DAMAGED)
+    assert len(refusal(path)) < 200
+
+
+def members() -> dict[str, bytes]:
+    """What a record's file packs."""
+    with zipfile.ZipFile(io.BytesIO(archive(lambda arrays: None))) as file:
+        return {name: file.read(name) for name in file.namelist()}
+
+
+def packed(path: Path, content: dict[str, bytes]) -> None:
+    with zipfile.ZipFile(path, "w") as file:
+        for name, member in content.items():
+            file.writestr(name, member)
+
+
+def test_changed_headers_are_read_or_refused(tmp_path: Path) -> None:
+    """Members whose bytes changed before they were packed, so that no checksum tells."""
+    path, rng = tmp_path / "a.npz", random.Random(1)
+    whole, refused = members(), 0
+    for _ in range(120):
+        name = rng.choice(list(whole))
+        content = bytearray(whole[name])
+        for _ in range(rng.choice((1, 1, 2, 4))):
+            content[rng.randrange(min(len(content), 128))] = rng.choice(b"()'{},-0123456789L[]#\\<>|OUif\xff\x00")
+        packed(path, whole | {name: bytes(content)})
+        try:
+            read_record(path).counts()
+        except RecordError as error:
+            refused += 1
+            assert len(str(error)) < 300 and "\n" not in str(error)
+    assert 40 < refused < 120
+
+
+def test_a_member_packed_otherwise(tmp_path: Path) -> None:
+    """One that says it is packed by LZMA or bzip2, and is not."""
+    path = tmp_path / "a.npz"
+    write_record(path, RECORD)
+    whole = path.read_bytes()
+    with zipfile.ZipFile(path) as file:
+        local = file.getinfo("tokens.npy").header_offset
+    central = whole.index(b"tokens.npy", local + 40) - 46
+    for method in (12, 14):
+        content = bytearray(whole)
+        content[local + 8] = content[central + 10] = method
+        path.write_bytes(content)
+        assert "None" not in refusal(path)
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_LZMA) as file:
+        file.writestr("tokens.npy", bytes(range(256)) * 8)
+    content = bytearray(path.read_bytes())
+    content[60:200] = b"\xff" * 140  # behind the head of what is packed
+    path.write_bytes(content)
+    assert refusal(path).startswith(DAMAGED)
+
+
+def test_what_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(OSError, match="folder") as caught:
+        write_record(tmp_path / "folder", RECORD)
+    assert caught.value.filename == str(tmp_path / "folder")
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+    with pytest.raises(OSError) as caught:
+        write_record(tmp_path / "none" / "a.npz", RECORD)
+    assert caught.value.filename == str(tmp_path / "none" / "a.npz")
 
 
 def test_one_flipped_byte_is_found(tmp_path: Path) -> None:

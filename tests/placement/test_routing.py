@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hybrid.config import ModelConfig
-from hybrid.routes import Record, write_record
+from hybrid.routes import Record, read_record, write_record
 from placement.routing import RoutingError, Shares, chosen, read_routing, uniform, write_routing
 
 TEXT = {
@@ -248,7 +248,16 @@ class TestTokens:
         path = self.path(tmp_path)
         with pytest.raises(RoutingError) as caught:
             read_routing(path, ModelConfig.from_json(TEXT | changes))
-        assert str(caught.value) == f"{path}: recorded with 2 of 8 experts in layers 1 to 3; this model has {has}"
+        assert (
+            str(caught.value)
+            == f"{path}: recorded with 2 of 8 experts in layers 1 to 3; this model has {has}: another model's?"
+        )
+
+    def test_layers_that_are_not_in_a_row_are_named(self, tmp_path: Path) -> None:
+        path = self.path(tmp_path)
+        write_record(path, replace(read_record(path), layers=np.array([1, 2, 4])))
+        with pytest.raises(RoutingError, match=r"experts in layers \[1, 2, 4\]; this model has .* in layers 1 to 3: "):
+            read_routing(path, MODEL)
 
     def test_a_damaged_record(self, tmp_path: Path) -> None:
         path = self.path(tmp_path)

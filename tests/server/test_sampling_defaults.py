@@ -1,6 +1,8 @@
 """server.sampling_defaults: generation_config.json under the request, Kimi's advice under that."""
 
 import json
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +12,14 @@ from hybrid.batch import Sampling
 from hybrid.config_json import ConfigError
 from server import default_model
 from server.openai_request import read_sampling
+from server.request import Progress, Request
 from server.sampling_defaults import SamplingDefaults, load_sampling_defaults
 from server.validation import Fields
-from tests.reference.fake_server import fake_server, write_model
+from tests.reference.fake_server import FakeServer, fake_server, write_model
 
 DEEPSEEK_V3 = {"bos_token_id": 0, "eos_token_id": 1, "do_sample": True, "temperature": 0.6, "top_p": 0.95}
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+ASK: dict[str, Any] = {"messages": [{"role": "user", "content": "x"}]}
 
 
 def loaded(directory: Path, published: Any, is_kimi: bool = False) -> SamplingDefaults:
@@ -85,29 +89,67 @@ def test_a_request_beats_the_file() -> None:
     assert read_sampling(Fields(off), defaults) == Sampling(top_p=1.0)
 
 
-def test_the_server_serves_them(tmp_path: Path) -> None:
-    # The fake's greedy tokens depend on nothing but the prompt; a sampled answer depends on the seed.
-    model = write_model(tmp_path / "greedy")
-    (model / "generation_config.json").write_text('{"do_sample": false}')
+def drawn(server: FakeServer, path: str, body: dict[str, Any]) -> Sampling:
+    """How the tokens of a request are drawn, as the engine is told; without the seed."""
+    bridge, asked = server.service.bridge, list[Request]()
+    submit = bridge.submit
+
+    def note(request: Request, sink: Callable[[Progress], None]) -> None:
+        asked.append(request)
+        submit(request, sink)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bridge, "submit", note)
+        assert server.ask("POST", path, {**body, "max_tokens": 1}).status == 200
+    (request,) = asked
+    return replace(request.sampling, seed=0)
+
+
+def test_each_way_to_ask_a_kimi_gets_its_own_advice(tmp_path: Path) -> None:
+    model = write_model(tmp_path / "kimi")
+    (model / "generation_config.json").write_text('{"max_length": 262144, "eos_token_id": 258}')
+    thinking, instant = Sampling(temperature=1.0, top_p=0.95), Sampling(temperature=0.6, top_p=0.95)
     with fake_server(model) as server:
+        assert drawn(server, CHAT, ASK) == thinking
+        assert drawn(server, CHAT, {**ASK, "model": "tiny-thinking"}) == thinking
+        assert drawn(server, CHAT, {**ASK, "model": "tiny-instant"}) == instant
+        # The mode decides, not the name it was asked for by.
+        assert drawn(server, CHAT, {**ASK, "model": "tiny-thinking", "reasoning_effort": "none"}) == instant
+        assert drawn(server, CHAT, {**ASK, "model": "tiny-instant", "thinking": {"type": "enabled"}}) == thinking
+        for name in ("tiny", "tiny-instant"):
+            assert drawn(server, COMPLETIONS, {"prompt": "x", "model": name}) == Sampling(temperature=1.0)
+        said = {**ASK, "model": "tiny-instant", "temperature": 0.3, "top_k": 9}
+        assert drawn(server, CHAT, said) == Sampling(temperature=0.3, top_p=0.95, top_k=9)
+
+
+def test_kimis_advice_is_not_for_a_model_with_its_own_template(tmp_path: Path) -> None:
+    model = write_model(tmp_path / "other")
+    config = json.loads((model / "config.json").read_text())["text_config"]
+    (model / "config.json").write_text(json.dumps(config))
+    (model / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    with fake_server(model) as server:
+        for name in ("tiny-thinking", "tiny-instant"):
+            assert drawn(server, CHAT, {**ASK, "model": name}) == Sampling(temperature=1.0)
+        assert drawn(server, COMPLETIONS, {"prompt": "x"}) == Sampling(temperature=1.0)
+
+
+def test_nano_is_greedy_until_a_request_says_otherwise() -> None:
+    # The fake's greedy tokens depend on nothing but the prompt; a sampled answer depends on the seed.
+    with fake_server(default_model.directory()) as server:
 
         def answers(path: str, body: dict[str, Any]) -> list[Any]:
             return [
                 server.ask("POST", path, {**body, "max_tokens": 8, "seed": seed}).body["choices"] for seed in (1, 2)
             ]
 
-        chat: dict[str, Any] = {"messages": [{"role": "user", "content": "x"}]}
         for path, body in (
-            (CHAT, {**chat, "model": "tiny-thinking"}),
-            (CHAT, {**chat, "model": "tiny-instant"}),
+            (CHAT, {**ASK, "model": "tiny-thinking"}),
+            (CHAT, {**ASK, "model": "tiny-instant"}),
             (COMPLETIONS, {"prompt": "x"}),
         ):
+            assert drawn(server, path, body).temperature == 0
             first, second = answers(path, body)
             assert first == second
-            first, second = answers(path, {**body, "temperature": 1})
+            assert drawn(server, path, {**body, "temperature": 0.7}).temperature == 0.7
+            first, second = answers(path, {**body, "temperature": 0.7})
             assert first != second
-
-
-def test_nano_is_greedy_where_nobody_says_otherwise() -> None:
-    found = load_sampling_defaults(default_model.directory(), is_kimi=True)
-    assert [s.temperature for s in (found.thinking, found.instant, found.completion)] == [0.0, 0.0, 0.0]

@@ -1,5 +1,7 @@
 """hybrid.nano.load on drawn records, against counting by sets and against the laws of probability."""
 
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -99,20 +101,72 @@ def test_several_turns_of_one_conversation_count_once() -> None:
     assert in_step(twice, 3) is None
 
 
+def skewed() -> Record:
+    """Ten conversations that choose by Zipf's law, alike at the same place, and the answers from the other end; one
+    expert is never chosen."""
+    some = record([20 + i for i in range(10)])
+    some = replace(some, turns=some.turns + np.array([8, 0]))
+    rng = np.random.default_rng(8)
+    weights = np.append(np.log(np.arange(1.0, E)), np.inf)
+    other_end = weights[[*range(E - 2, -1, -1), E - 1]]
+    cost = np.where(some.decoded[:, None, None], other_end, weights) - rng.gumbel(size=(29, L, E))[some.positions]
+    some.experts[:] = np.sort(cost.argsort(axis=2)[..., :K], axis=2)
+    return some
+
+
+def loads(record: Record, layer: int, tokens: list[int]) -> list[str]:
+    """Three cells, counted one by one."""
+    tally = Counter(expert for token in tokens for expert in record.experts[token, layer].tolist())
+    mean = len(tokens) * K / E
+    each = [tally[expert] / mean for expert in range(E)]
+    return [f"{max(each):.2f}", f"{min(each):.2f}", str(each.count(0.0))]
+
+
 def test_the_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    some = record([20] * 9)
+    some = skewed()
     write_record(tmp_path / "r.npz", some)
     main([str(tmp_path / "r.npz")])
     printed = capsys.readouterr().out
     assert printed == report(some) + "\n"
-    assert printed.startswith("180 tokens of 9 conversations, 153 of them decode steps; 3 of 16 experts for a token;")
-    busiest = some.counts().max(axis=1) / (180 * K / E)
+    assert printed.startswith("245 tokens of 10 conversations, 135 of them decode steps; 3 of 16 experts for a token;")
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines() if line.startswith("|")]
-    assert [row[:2] for row in rows if len(row) == 7][2:] == [["1", f"{busiest[0]:.2f}"], ["2", f"{busiest[1]:.2f}"]]
-    batches = [row for row in rows if len(row) == 6][2:]
-    assert [row[:2] for row in batches] == [["1", "8"], ["2", "8"], ["1", "32"], ["2", "32"]]
-    assert [row[2] for row in batches] == ["13.0", "13.0", "16.0", "16.0"]
-    assert [row[4:] for row in batches[2:]] == [["–", "–"], ["–", "–"]]  # 32 conversations are not there
+    written = [token for start, stop in some.turns.tolist() for token in range(start, stop - 1)]
+    first = [row for row in rows if len(row) == 7][2:]
+    assert first == [[f"{i + 1}", *loads(some, i, [*range(245)]), *loads(some, i, written)] for i in range(L)]
+    assert first[0][1:4] != first[0][4:7]
+    scattered, together = apart(some, 8), in_step(some, 8)
+    assert scattered is not None and together is not None
+    expected = []
+    for batch in (8, 32):
+        for i in range(L):
+            tally = Counter(some.experts[:, i].ravel().tolist())
+            total = sum(tally.values()) + E / 2
+            shares = [(tally[expert] + 0.5) / total * K for expert in range(E)]
+            laws = [E - E * (1 - K / E) ** batch, sum(1 - (1 - q) ** batch for q in shares)]
+            # 32 conversations are not there
+            measured = [f"{one[i]:.1f}" for one in (scattered, together)] if batch == 8 else ["–", "–"]
+            expected.append([f"{i + 1}", f"{batch}", *(f"{one:.1f}" for one in laws), *measured])
+    assert [row for row in rows if len(row) == 6][2:] == expected
+    assert all(len(set(row[2:])) == 4 for row in expected[:2])  # no two columns could be mixed up
+
+
+def test_lock_step_takes_every_place() -> None:
+    """All choose the same at place 0 of their turn, and three experts of their own at the four others."""
+    some = record([8] * 5)
+    place = some.positions[:, None, None] - 2
+    some.experts[:] = np.where(place == 0, 0, 3 * some.documents[:, None, None]) + np.arange(K)
+    found = in_step(some, 5)
+    assert found is not None
+    assert np.allclose(found, (3 + 4 * 15) / 5, atol=5 * 4.8 / 20)  # five standard errors of 400 batches
+
+
+def test_a_record_without_answers() -> None:
+    some = record([20] * 9)
+    bare = replace(some, turns=some.turns[:0], kinds=some.kinds[:0])
+    lines = report(bare).splitlines()
+    assert lines[0].startswith("180 tokens of 9 conversations, 0 of them decode steps;")
+    assert [line.split(" | ", 4)[4] for line in lines[4:6]] == ["– | – | – |"] * 2
+    assert all(line.endswith(" | – | – |") for line in lines[9:])
 
 
 def test_a_file_that_is_no_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,6 +1,9 @@
 """hybrid.nano.record: what the routers of the shipped model did, against NumPy and against the kernels' own count."""
 
+import base64
 import hashlib
+import random
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +16,9 @@ from hybrid.config import EngineConfig
 from hybrid.engine import Engine
 from hybrid.moe import Moe
 from hybrid.nano import record as module
+from hybrid.nano import words
+from hybrid.nano.conversation import Conversation
+from hybrid.nano.data import Make
 from hybrid.nano.record import FAMILIES, Document, documents, main, model_hash, record
 from hybrid.nano.vocabulary import SPECIAL, Vocabulary, read_vocabulary
 from hybrid.routes import Record, read_record
@@ -109,6 +115,46 @@ def test_a_document_does_not_depend_on_the_others(made: Record, chosen: tuple[li
     assert np.array_equal(alone.scores, made.scores[part])
 
 
+def test_decoding_token_by_token_chooses_the_same(made: Record, chosen: tuple[list[Document], int]) -> None:
+    """The shortest document, in as many steps as it has tokens."""
+    at = int(made.lengths.argmin())
+    ids = chosen[0][at].encoded.ids
+    steps: list[tuple[int, torch.Tensor]] = []
+
+    def watch(moe: Moe, _: torch.Tensor, found: torch.Tensor) -> None:
+        steps.append((moe.layer, found.sort(-1).values))
+
+    engine = Engine(EngineConfig(MODEL, "cpu", "float32", "native", ONE_THREAD, n_pages=64), watch=watch)
+    for position, token in enumerate(ids):
+        engine.step(Batch((Row(0, (token,), position, tuple(range(64))),)))
+    engine.close()
+    part = slice(made.starts[at], made.starts[at] + len(ids))
+    for i, layer in enumerate(made.layers.tolist()):
+        one_by_one = torch.cat([found for number, found in steps if number == layer]).numpy()
+        same = (one_by_one == made.experts[part, i]).all(axis=1)
+        assert same.mean() > 0.97  # float32 rounds otherwise, which may tell where two experts are nearly equal
+
+
+def test_only_held_out_conversations_are_drawn(vocabulary: Vocabulary, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Conversation] = []
+
+    def watched(make: Make) -> Make:
+        def made(rng: random.Random, held_out: bool) -> Conversation:
+            assert held_out
+            drawn.append(make(rng, held_out))
+            return drawn[-1]
+
+        return made
+
+    monkeypatch.setattr(module, "FAMILIES", {name: (watched(make), n) for name, (make, n) in FAMILIES.items()})
+    found, _ = documents(vocabulary, 20_000, SCORED)
+    assert len(drawn) == len(found)
+    assert {document.family for document in found} == set(FAMILIES)
+    names = [item for conversation in drawn for item in conversation.copied if item in words.NAMES]
+    assert len(names) > 30
+    assert all(words.is_held_out(name) for name in names)
+
+
 def test_one_document_of_each_family_is_scored_where_it_fits(vocabulary: Vocabulary) -> None:
     drawn, n_scored = documents(vocabulary, 25_000, 1_850)
     assert {document.family for document in drawn} == set(FAMILIES)
@@ -145,9 +191,33 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     [
         (["none", "r.npz"], "No such file or directory: 'none/tiktoken.model'"),
         ([str(MODEL), "r.npz", "--tokens", "0"], "--tokens: expected at least 1"),
+        ([str(MODEL), "none/r.npz"], "none/r.npz: expected a file in a directory that is there"),
+        ([str(MODEL), "."], ".: expected a file in a directory that is there"),
     ],
 )
-def test_wrong_arguments(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_arguments(
+    arguments: list[str],
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(module, "record", lambda *_: pytest.fail("it ran"))
     with pytest.raises(SystemExit):
         main(arguments)
     assert said in capsys.readouterr().err.splitlines()[-1]
+    assert not list(tmp_path.iterdir())
+
+
+NO_BYTES = "".join(f"{base64.b64encode(b'%04d' % i).decode()} {i}\n" for i in range(2048)).encode()
+
+
+@pytest.mark.parametrize("ranks", [b"YQ== 0\n", b"YQ==\n", b"", b"\xff 0\n", NO_BYTES])
+def test_a_model_that_is_not_nano(tmp_path: Path, capsys: pytest.CaptureFixture[str], ranks: bytes) -> None:
+    shutil.copy(MODEL / "config.json", tmp_path)
+    (tmp_path / "tiktoken.model").write_bytes(ranks)
+    with pytest.raises(SystemExit):
+        main([str(tmp_path), str(tmp_path / "r.npz")])
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.endswith(f"{tmp_path}/tiktoken.model: expected nano's 2048 ranks; name a checkpoint of nano")
