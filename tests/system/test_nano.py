@@ -20,10 +20,10 @@ KINDS: dict[str, tuple[Make, int, int]] = {
     "tool unseen": (unseen_tool, 4, 2),
     "sub-agent call": (sub_agent, 4, 3),
     "sub-agent message": (sub_agent, 4, 2),
-    "create": (named(4, 4), 4, 4),
-    "sum think": (two_digits, 5, 5),
+    "create": (named(4, 4), 4, 3),
+    "sum think": (two_digits, 5, 4),
     "fan-out 2": (named(2, 2), 5, 3),
-    "fan-out 4": (named(4, 4), 5, 3),
+    "fan-out 4": (named(4, 4), 5, 2),
     "merge 2": (named(2, 2), 5, 4),
 }
 
