@@ -13,7 +13,7 @@ from torch.nn.functional import embedding, linear, rms_norm, scaled_dot_product_
 
 from hybrid.config import ModelConfig
 from hybrid.mla import LATENT_NORM_EPS
-from hybrid.nano.vision import Tower
+from hybrid.nano.vision import Tower, key_of
 from hybrid.rope import build_rope
 from offload.config import GROUP
 
@@ -34,11 +34,6 @@ class Batch:
     weights: torch.Tensor  # (A,)
     images: Sequence[torch.Tensor] = ()  # (3, H, W) each, normalised
     seen_at: torch.Tensor | None = None  # (M,) where the images' tokens stand, in order
-
-    @property
-    def n_tokens(self) -> int:
-        """Tokens that are not padding."""
-        return int(self.real.sum())
 
 
 class Network(nn.Module):
@@ -74,7 +69,7 @@ class Network(nn.Module):
             value = torch.randn(shape, device=device) * EMBEDDING_STD
         if name == "lm_head.weight":
             value = torch.randn(shape, device=device) * HEAD_STD
-        self.weights[_key(name)] = nn.Parameter(value)
+        self.weights[key_of(name)] = nn.Parameter(value)
 
     def quantise(self, on: bool) -> None:
         """Whether the forward pass sees the weights as they will be shipped."""
@@ -86,7 +81,7 @@ class Network(nn.Module):
             yield key.replace("/", "."), value
 
     def _weight(self, name: str) -> torch.Tensor:
-        weight: torch.Tensor = self.weights[_key(name)]
+        weight: torch.Tensor = self.weights[key_of(name)]
         if not self._quantised:
             return weight
         seen = int4_rounded(weight) if ".experts." in name else weight.detach().bfloat16().float()
@@ -232,8 +227,3 @@ class _Collect(torch.autograd.Function):
 
 def _padded(x: torch.Tensor) -> torch.Tensor:
     return torch.cat((x, x.new_zeros(1, x.shape[1])))
-
-
-def _key(name: str) -> str:
-    """A published name as a ParameterDict takes it."""
-    return name.replace(".", "/")

@@ -40,7 +40,7 @@ class Tower(nn.Module):
                 value = torch.zeros(shape, device=device)
             else:
                 value = torch.randn(shape, device=device) * std if std else torch.ones(shape, device=device)
-            self.weights[_key(name)] = nn.Parameter(value)
+            self.weights[key_of(name)] = nn.Parameter(value)
 
     def named(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The weights by published name."""
@@ -54,7 +54,7 @@ class Tower(nn.Module):
             weight.copy_(tensors[name])
 
     def _weight(self, name: str) -> torch.Tensor:
-        weight: torch.Tensor = self.weights[_key(name)]
+        weight: torch.Tensor = self.weights[key_of(name)]
         if not self.quantised:
             return weight
         return weight + (weight.detach().bfloat16().float() - weight).detach()  # straight through
@@ -131,6 +131,6 @@ def _rotated(heads: torch.Tensor, table: tuple[torch.Tensor, torch.Tensor]) -> t
     return torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2)
 
 
-def _key(name: str) -> str:
+def key_of(name: str) -> str:
     """A published name as a ParameterDict takes it."""
     return name.replace(".", "/")
