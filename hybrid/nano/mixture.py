@@ -53,12 +53,12 @@ BASICS = Mixture(
 )  # fmt: skip
 TEXT = Mixture(
     {
-        copy_list: 0.3, known_tool: 0.17, unseen_tool: 0.13, sub_agent: 0.12, arithmetic: 0.8,
-        named(2, 5): 0.06, named(4, 12): 0.08, numbered(3, 12): 0.05, numbered(13, 40): 0.03, numbered(41, 100): 0.03,
-        talk: 0.1,
+        copy_list: 0.15, known_tool: 0.35, unseen_tool: 0.12, sub_agent: 0.35, arithmetic: 0.35,
+        named(2, 5): 0.12, named(4, 12): 0.14, numbered(3, 12): 0.05, numbered(13, 40): 0.04, numbered(41, 100): 0.05,
+        talk: 0.12,
     }
 )  # fmt: skip
-FULL = Mixture({**TEXT.shares, picture: 0.1})
+FULL = Mixture({**TEXT.shares, picture: 0.25})
 
 
 def vocabulary() -> Vocabulary:

@@ -26,12 +26,18 @@ def arithmetic(rng: random.Random, held_out: bool) -> Conversation:
             "{} has {} {} and gets {} more. How many now?",
             "{} has {} {} and finds {} more. How many are there?",
             "{} sees {} {} and then {} more. How many in all?",
+            "{} had {} {} and bought {} more. How many now?",
+            "{} finds {} {}, then gets {} more. How many in all?",
+            "{} buys {} {} and later {} more. How many now?",
             "{} buys {} {}, then {} more. How many in all?",
         ]
         fewer = [
             "{} has {} {} and gives away {}. How many are left?",
             "{} has {} {} and sells {}. How many are left?",
             "{} has {} {} and eats {}. How many remain?",
+            "{} had {} {} and sold {}. How many are left?",
+            "{} lost {} {} and found {} of them. How many are still lost?",
+            "{} had {} {}, but gave away {}. How many remain?",
             "{} had {} {} and lost {}. How many remain?",
         ]
         talk.user(phrase(rng, more if plus else fewer, held_out).format(who, a, what, b))

@@ -30,7 +30,8 @@ def _exchange(rng: random.Random, held_out: bool, chat: Conversation) -> None:
     kind = rng.random()
     if kind < 0.75:
         known = rng.choice(_ANSWERS)
-        chat.user(phrase(rng, known["asked"], held_out))
+        asked = phrase(rng, known["asked"], held_out)
+        chat.user(asked.lower().rstrip(".?!") if rng.random() < 0.2 else asked)  # as people type
         chat.assistant("chat", known["answer"], reasoning="A simple question.")
         return
     who, what = words.name(rng, held_out), words.item(rng, held_out)

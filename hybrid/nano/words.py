@@ -93,9 +93,9 @@ def made_up(rng: random.Random) -> str:
     that stands in held-out words only would otherwise never be learned.
     """
     kind = rng.random()
-    if kind < 0.5:
+    if kind < 0.65:
         return "".join(syllable(rng) for _ in range(rng.choice((2, 2, 3))))
-    if kind < 0.75:
+    if kind < 0.75:  # few: pieces such as "What" or "price" are no part of any name
         return "".join(rng.choice(pieces()) for _ in range(rng.choice((1, 2, 2))))
     first, second = rng.choice(_REAL), rng.choice(_REAL)
     return (first[: rng.randint(1, 4)] + second[-rng.randint(2, 4) :]).lower()
@@ -162,9 +162,12 @@ def value(rng: random.Random, held_out: bool) -> str:
 
 def a_property(rng: random.Random, held_out: bool) -> str:
     """A property something may have; a few are made up, or real ones never trained on where held out."""
-    if rng.random() < 0.15:
-        return rng.choice(UNSEEN_PROPERTIES) if held_out else thing(rng, False)
-    return rng.choice(PROPERTIES)
+    if rng.random() >= 0.15:
+        return rng.choice(PROPERTIES)
+    if held_out:
+        return rng.choice(UNSEEN_PROPERTIES)
+    made = thing(rng, False)
+    return f"{made} {rng.choice(PROPERTIES)}" if rng.random() < 0.3 else made
 
 
 def distinct(make: Callable[[], str], n: int) -> list[str]:
