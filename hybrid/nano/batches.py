@@ -14,6 +14,7 @@ from hybrid.nano.network import Batch
 from hybrid.nano.vocabulary import SPECIAL
 
 _WINDOW = 16  # calls of a long fan-out that are taught at once, at most
+_AT_THE_END = 0.4  # of the windows, as where to stop is the hard part of a long list
 _LONG = 12  # calls; shorter fan-outs are taught whole
 _PADDED = 0.12  # of a rectangle, at most, before a new one is begun
 
@@ -38,7 +39,8 @@ def windowed(rng: random.Random, encoded: Encoded) -> Encoded:
         if not score.startswith("fan-out") or len(calls) <= _LONG:
             continue
         window = rng.randint(2, min(_WINDOW, len(calls) - 3))
-        first = rng.randint(2, len(calls) - window)
+        latest = len(calls) - window
+        first = latest if rng.random() < _AT_THE_END else rng.randint(2, latest)
         weights = list(encoded.weights)
         weights[calls[first] : calls[first + 1]] = [0.0] * (calls[first + 1] - calls[first])
         encoded = replace(encoded, weights=weights)

@@ -16,6 +16,7 @@ from hybrid.nano.vocabulary import SPECIAL, Vocabulary
 
 Json = dict[str, Any]
 COPIED = 2.0  # weight of the loss on tokens of a copied item, which carry the decisions
+GOES_ON = 4.0  # on the token that begins another call or ends the calls
 
 
 @dataclass(slots=True)
@@ -193,6 +194,8 @@ class _Writer:
 
     def _weights(self, piece: str, ids: Sequence[int]) -> list[float]:
         weights = [1.0] * len(ids)
+        if piece in ("<|tool_call_begin|>", "<|tool_calls_section_end|>"):
+            return [GOES_ON]
         if self._copied is None or piece in SPECIAL:
             return weights
         at, inside = 0, [match.span() for match in self._copied.finditer(piece)]

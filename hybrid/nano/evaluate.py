@@ -283,10 +283,11 @@ async def evaluated(ask: Ask, items: int, swarms: int) -> AsyncIterator[Row]:
         yield await grade_swarms(ask, n_items, is_numbered, swarms)
 
 
-async def _run(url: str, items: int, swarms: int) -> Json:
-    """Print every row as it is done. Returns the report."""
-    rows = []
+async def _run(url: str, items: int, swarms: int, out: Path | None) -> None:
+    """Print every row as it is done, and write the report so far."""
+    rows: list[Json] = []
     async with connected(url) as (model, ask):
+        report = {"model": model, "seed": SEED, "items": items, "swarms": swarms, "rows": rows}
         print(HEADING)
         async for row in evaluated(ask, items, swarms):
             print(row.line(), flush=True)
@@ -294,7 +295,8 @@ async def _run(url: str, items: int, swarms: int) -> Json:
                 if "why" in miss:
                     print(f"  {miss['count']} x {miss['why']}", flush=True)
             rows.append(row.report())
-    return {"model": model, "seed": SEED, "items": items, "swarms": swarms, "rows": rows}
+            if out:
+                out.write_text(json.dumps(report, indent=1))
 
 
 def main(arguments: list[str]) -> None:
@@ -314,11 +316,9 @@ def main(arguments: list[str]) -> None:
         parser.error(f"--out {options.out}: name a file in a folder that exists")
     try:
         with nullcontext(options.url) if options.url else serving(options.model) as url:
-            report = asyncio.run(_run(url.rstrip("/"), options.items, options.swarms))
+            asyncio.run(_run(url.rstrip("/"), options.items, options.swarms, options.out))
     except (EvaluationError, Refused) as error:
         sys.exit(str(error))
-    if options.out:
-        options.out.write_text(json.dumps(report, indent=1))
 
 
 if __name__ == "__main__":
