@@ -6,9 +6,10 @@ pages. The scheduler owns the only table; the engine sees page ids inside a batc
 know what a request, a step or a tensor is.
 """
 
+import itertools
 from array import array
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from dataclasses import dataclass, field
 from hashlib import blake2b
 
@@ -75,6 +76,17 @@ class PageTable:
             holding.pages.append(page)
         holding.n_published = len(holding.pages)
         return len(holding.pages) * self.page_size
+
+    def unwritten(self, holding: Holding) -> list[bytes]:
+        """Keys of the full pages of its ids that are not published yet, and will be once they are computed."""
+        n_full = len(holding.ids) // self.page_size
+        return [self._key(holding, i) for i in range(holding.n_published, n_full)]
+
+    def awaited(self, holding: Holding, coming: Set[bytes]) -> int:
+        """Tokens right after its pages that it could share once the pages of these keys are published."""
+        first, n_full = len(holding.pages), (len(holding.ids) - 1) // self.page_size
+        found = itertools.takewhile(lambda i: self._key(holding, i) in coming, range(first, n_full))
+        return sum(self.page_size for _ in found)
 
     def grow(self, holding: Holding, n_tokens: int) -> bool:
         """Add pages until `holding` has room for `n_tokens`. False, with nothing changed, where they do not suffice."""

@@ -43,15 +43,25 @@ class Account:
 
     def add(self, batch: Batch, seconds: float) -> None:
         """One step took so long."""
-        tokens = batch.n_tokens
-        kind: StepKind = "decode" if tokens == len(batch.rows) else "prompt"
-        most = 1 << (tokens - 1).bit_length()
-        steps = self._steps.setdefault((kind, most), _Steps())
+        steps = self._steps.setdefault(_size(batch), _Steps())
         predicted = self._predict(batch) if self._predict else 0.0
         steps.n += 1
         steps.seconds += seconds
         steps.predicted += predicted
         steps.recent.append((seconds, predicted))
+
+    def expect(self, batch: Batch) -> float:
+        """Seconds that a step will take: as predicted, times what steps of its kind and size lately took more or less.
+
+        Without a predictor, as long as these took; 0 before the first one. A median, so that a few odd ones are lost.
+        """
+        predicted = self._predict(batch) if self._predict else 0.0
+        steps = self._steps.get(_size(batch))
+        if steps is None:
+            return predicted
+        if not predicted:
+            return statistics.median(seconds for seconds, _ in steps.recent)
+        return predicted * statistics.median(seconds / most for seconds, most in steps.recent if most)
 
     def tallies(self) -> tuple[Tally, ...]:
         """What there is so far, decoding first, small steps first."""
@@ -70,6 +80,12 @@ class Account:
             recent_seconds=statistics.median(achieved),
             recent_predicted_seconds=statistics.median(predicted) if known else None,
         )
+
+
+def _size(batch: Batch) -> tuple[StepKind, int]:
+    """Kind of a step, and the power of two that its tokens do not exceed."""
+    tokens = batch.n_tokens
+    return "decode" if tokens == len(batch.rows) else "prompt", 1 << (tokens - 1).bit_length()
 
 
 def predictor(model: ModelConfig, profile: Profile, plan: Plan) -> Predict:

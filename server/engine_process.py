@@ -173,7 +173,8 @@ class _Reporter:
 
 def run(inbox: Inbox, send: Callable[[FromEngine], None], built: Built) -> None:
     """Serve until a Shutdown arrives: one message for each step, none and no CPU time while idle."""
-    scheduler, books = Scheduler(built.scheduler), _Books(built, send)
+    books = _Books(built, send)
+    scheduler = Scheduler(built.scheduler, books.expect)
     told = EngineStats()
     progress: list[Progress] = []
     while _drain(inbox, scheduler, progress, books):
@@ -195,6 +196,7 @@ class _Books:
 
     def __init__(self, built: Built, send: Callable[[FromEngine], None]) -> None:
         self._account = Account(built.predict)
+        self.expect = self._account.expect
         self._built = built
         self._send = send
         self._told, self._written = 0.0, time.monotonic()

@@ -15,7 +15,8 @@ class Request:
     """One sequence to continue. Generation ends at an id in `stop_ids` or after `max_tokens` tokens.
 
     `max_tokens` 0 only scores the prompt. `prompt_logprobs` (alternatives per prompt token, None for none) asks for
-    the logprob of every prompt token but the first.
+    the logprob of every prompt token but the first. Requests of one `group` count as one where places are dealt out;
+    a `patient` one leaves time and places to those that are not.
     """
 
     id: int
@@ -24,6 +25,8 @@ class Request:
     sampling: Sampling = field(default_factory=Sampling)
     stop_ids: frozenset[int] = frozenset()
     prompt_logprobs: int | None = None
+    group: str = ""
+    patient: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,17 +1,26 @@
 """Who runs next: continuous batching with chunked prefill over a page table. No torch, no clock, no threads.
 
 The engine's process drives it: `next()` gives a batch, the engine runs it, `commit()` takes the answer; `add()` and
-`cancel()` may come at any time between. Policy: first come, first served. Older requests never wait for younger
-ones, so none starves: in every step the oldest running request advances, and nobody overtakes the head of the queue.
+`cancel()` may come at any time between. Who goes first is `policy.py`'s business; here pages are dealt and rows are
+put together. Two lanes: where patient requests (a swarm's sub-agents) run beside others, the others get steps of their
+own for as long as the patient ones have had more than their share of the time. None starves: see docs/SCHEDULING.md.
 It does not know what a token means, how a step is computed or who reads the answers.
 """
 
-from collections import deque
+import bisect
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
-from hybrid.batch import Batch, Row, RowOutput, StepOutput, TokenLogprob
+from hybrid.batch import Batch, Row, RowOutput, StepOutput
 from hybrid.pages import Holding, PageTable
+from server.policy import Policy
 from server.request import EngineStats, FinishReason, Progress, Request
+from server.sequence import Sequence
+
+Chunks = list[tuple[Sequence, int]]  # who gets how many new ids in a step
+
+NEWCOMER = 1e-9  # seconds that a newcomer is owed: its first step is of its own lane
+EXPRESS_PAGES = 0.5  # of all pages: up to here patient requests give way to others that wait
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,9 +31,10 @@ class SchedulerConfig:
     page_size: int = 16  # tokens
     max_batch_tokens: int = 2048  # new ids in one step
     max_running: int = 64  # requests that hold pages at the same time
+    policy: Policy = field(default_factory=Policy)
 
     def __post_init__(self) -> None:
-        for name in self.__slots__:
+        for name in ("n_pages", "page_size", "max_batch_tokens", "max_running"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
 
@@ -34,69 +44,23 @@ class SchedulerConfig:
         return self.n_pages * self.page_size
 
 
-@dataclass(slots=True, eq=False)
-class _Sequence:
-    """A request on its way: the ids so far (prompt and answer) and how many of them are computed."""
-
-    request: Request
-    held: Holding
-    n_computed: int = 0
-    cached_tokens: int | None = None  # of the first admission; None before it
-    scores: list[TokenLogprob | None] = field(default_factory=lambda: [None])  # logprobs of the leading prompt ids
-    cancelled: bool = False  # while in flight
-
-    @property
-    def n_output(self) -> int:
-        return len(self.held.ids) - len(self.request.prompt)
-
-    @property
-    def n_left(self) -> int:
-        """Ids that must be computed before the next token can be sampled: 1 for a request that decodes."""
-        return len(self.held.ids) - self.n_computed
-
-    @property
-    def scoring(self) -> bool:
-        """True while prompt logprobs are still missing."""
-        return self.request.prompt_logprobs is not None and len(self.scores) < len(self.request.prompt)
-
-    @property
-    def shareable(self) -> int | None:
-        """Tokens that may come from shared pages. A position not scored yet must be computed."""
-        return len(self.scores) - 1 if self.scoring else None
-
-    def row(self, n: int) -> Row:
-        """The next `n` ids as a row; it asks for a token where they are the last ones."""
-        request, ids = self.request, self.held.ids
-        start, end = self.n_computed, self.n_computed + n
-        sampling = request.sampling if end == len(ids) and request.max_tokens > 0 else None
-        penalised = sampling is not None and sampling.penalised
-        return Row(
-            request_id=request.id,
-            ids=tuple(ids[start:end]),
-            position=start,
-            pages=tuple(self.held.pages),
-            sampling=sampling,
-            n_sampled=self.n_output,
-            targets=request.prompt[start + 1 : end + 1] if self.scoring else None,
-            n_alternatives=request.prompt_logprobs or 0,
-            prompt=request.prompt if penalised else (),
-            output=tuple(ids[len(request.prompt) :]) if penalised else (),
-        )
-
-    def progress(self, finish: FinishReason | None) -> Progress:
-        return Progress(self.request.id, finish=finish, cached_tokens=self.cached_tokens or 0)
-
-
 class Scheduler:
-    """The queue, the running requests and the only page table."""
+    """The queue, the running requests and the only page table.
 
-    def __init__(self, config: SchedulerConfig) -> None:
+    `expect` tells the seconds of a batch before it runs; nothing but the lanes asks.
+    """
+
+    def __init__(self, config: SchedulerConfig, expect: Callable[[Batch], float] = lambda batch: 0.0) -> None:
         self.config = config
+        self._policy = config.policy
+        self._expect = expect
         self._pages = PageTable(config.n_pages, config.page_size)
-        self._known: dict[int, _Sequence] = {}  # by request id, in order of arrival
-        self._waiting: deque[_Sequence] = deque()  # oldest first; younger than all running ones
-        self._running: list[_Sequence] = []  # oldest first
-        self._in_flight: list[tuple[_Sequence, Row]] | None = None
+        self._known: dict[int, Sequence] = {}  # by request id, in order of arrival
+        self._waiting: list[Sequence] = []  # in order of arrival
+        self._running: list[Sequence] = []  # in order of admission
+        self._in_flight: list[tuple[Sequence, Row]] | None = None
+        self._n_added = 0
+        self._owed = 0.0  # seconds that the patient requests have had beyond their share
         self._totals = EngineStats()  # counters only; stats() adds the gauges
 
     @property
@@ -111,9 +75,12 @@ class Scheduler:
         reason = self._refusal(request)
         if reason is not None:
             return Progress(request.id, finish="error", error=reason)
-        sequence = _Sequence(request, Holding(list(request.prompt)))
+        sequence = Sequence(request, Holding(list(request.prompt)), self._n_added)
+        self._n_added += 1
         self._known[request.id] = sequence
         self._waiting.append(sequence)
+        if self._owed == 0 and not self._policy.patient(sequence):
+            self._owed = NEWCOMER
         return None
 
     def cancel(self, request_id: int) -> Progress | None:
@@ -134,8 +101,8 @@ class Scheduler:
         """The next step, or None when idle. Each batch must be committed before the next one is asked for."""
         if self._in_flight is not None:
             raise RuntimeError("next() was called before the step in flight was committed")
-        chunks = self._continue()
-        chunks += self._admit(self.config.max_batch_tokens - sum(n for _, n in chunks))
+        chunks = self._chosen(express=True) if self._hurried() else []
+        chunks = chunks or self._chosen(express=False)
         if not chunks:
             assert self.idle, "requests wait but none can run"
             return None
@@ -148,6 +115,7 @@ class Scheduler:
         if flight is None or [row.request_id for _, row in flight] != [answer.request_id for answer in out.rows]:
             raise ValueError("the answer's rows do not match the batch in flight")
         self._in_flight = None
+        self._share_time(flight, out.seconds)
         self._count(
             steps=1,
             step_seconds=out.seconds,
@@ -170,7 +138,9 @@ class Scheduler:
 
     def check(self) -> None:
         """Assert that queue, running requests and page table agree."""
-        assert list(self._known.values()) == [*self._running, *self._waiting], "requests are lost or out of order"
+        assert set(self._known.values()) == {*self._running, *self._waiting}, "requests are lost"
+        assert len(self._known) == len(self._running) + len(self._waiting), "a request runs and waits"
+        assert self._waiting == sorted(self._waiting, key=_arrival), "the queue is out of order"
         assert len(self._running) <= self.config.max_running
         self._pages.check(sequence.held for sequence in self._running)
         for sequence in self._waiting:
@@ -183,7 +153,8 @@ class Scheduler:
         flying = [sequence for sequence, _ in self._in_flight or ()]
         assert all(sequence in self._running for sequence in flying), "a step uses pages that were given away"
         if not flying:
-            assert all(s.n_left == 1 for s in self._running[:-1]), "two prompts are half read"
+            half_read = [self._policy.patient(sequence) for sequence in self._running if sequence.n_left > 1]
+            assert max(half_read.count(True), half_read.count(False)) <= 1, "two prompts of one lane are half read"
 
     def _refusal(self, request: Request) -> str | None:
         if not request.prompt:
@@ -197,61 +168,122 @@ class Scheduler:
             )
         return None
 
-    def _continue(self) -> list[tuple[_Sequence, int]]:
-        """New ids for the running requests, oldest first.
+    def _hurried(self) -> bool:
+        """Whether the next step is for those alone that are not patient: some are here, and others have had more than
+        their share."""
+        return self._owed > 0 and any(map(self._policy.patient, self._running))
 
-        A request starts only when those before it are through with their prompts, so at most the youngest still has a
-        prompt to read, and the rows that decode go before it.
-        """
-        chunks: list[tuple[_Sequence, int]] = []
+    def _share_time(self, flight: list[tuple[Sequence, Row]], seconds: float) -> None:
+        """Enter a step of so many seconds: patient requests may stretch it to `slowdown` times what others need."""
+        express = tuple(row for sequence, row in flight if not self._policy.patient(sequence))
+        if all(map(self._policy.patient, self._known.values())):
+            self._owed = 0.0
+        elif len(express) == len(flight):
+            self._owed -= (self._policy.slowdown - 1) * seconds  # a step below 0 at most: then all have a turn
+        else:
+            alone = self._expect(Batch(express)) if express else 0.0
+            self._owed = max(0.0, self._owed + seconds - self._policy.slowdown * alone)
+
+    def _chosen(self, express: bool) -> Chunks:
+        """Who gets how many new ids, all or only those that are not patient."""
+        chunks = self._continue(express)
+        self._admit(chunks, express)
+        return chunks
+
+    def _continue(self, express: bool) -> Chunks:
+        """New ids for the running requests: rows that decode first, then the prompt that is half read."""
+        chunks: Chunks = []
         left = self.config.max_batch_tokens
-        # Preemption takes requests off the list's end, so it ends this loop where it should.
-        while left > 0 and len(chunks) < len(self._running):
-            sequence = self._running[len(chunks)]
-            n = self._claim(sequence, min(sequence.n_left, left))
+        for sequence in sorted(self._running, key=self._turn):
+            skipped = express and self._policy.patient(sequence)
+            if left == 0 or skipped or not sequence.held.pages:  # without pages: it gave way to one before it
+                continue
+            n = self._claim(sequence, min(sequence.n_left, left), chunks)
             if n > 0:
                 chunks.append((sequence, n))
                 left -= n
         return chunks
 
-    def _claim(self, sequence: _Sequence, n: int) -> int:
-        """Pages for `n` more ids, or as many as there is room for, but at least one: younger requests give way.
+    def _turn(self, sequence: Sequence) -> tuple[bool, bool, int]:
+        return sequence.n_left > 1, self._policy.patient(sequence), sequence.number
 
-        0 means that `sequence` was itself the youngest and is back in the queue. Alone, a request always has room.
+    def _claim(self, sequence: Sequence, n: int, chunks: Chunks) -> int:
+        """Pages for `n` more ids, or as many as there is room for, but at least one: others give way, if they are not
+        in the step already.
+
+        0 means that `sequence` was itself the first to give way and is back in the queue. Alone it always has room.
         """
         while (room := self._pages.room(sequence.held) - sequence.n_computed) < 1:
-            if self._preempt() is sequence:
+            if self._preempt(self._idle(chunks)) is sequence:
                 return 0
         n = min(n, room)
         self._pages.grow(sequence.held, sequence.n_computed + n)
         return n
 
-    def _preempt(self) -> _Sequence:
-        """Put the youngest running request back at the head of the queue. It keeps its ids and computes them again."""
-        sequence = self._running.pop()
+    def _idle(self, chunks: Chunks) -> list[Sequence]:
+        """Running requests that have no part in the step so far."""
+        flying = {sequence for sequence, _ in chunks}
+        return [sequence for sequence in self._running if sequence not in flying]
+
+    def _preempt(self, candidates: list[Sequence]) -> Sequence:
+        """Put one running request back into the queue. It keeps its ids and computes them again."""
+        sequence = self._policy.victim(candidates, self._running)
+        self._running.remove(sequence)
         self._vacate(sequence)
-        self._waiting.appendleft(sequence)
+        bisect.insort(self._waiting, sequence, key=_arrival)
         self._count(preemptions=1)
         return sequence
 
-    def _admit(self, left: int) -> list[tuple[_Sequence, int]]:
-        """Start waiting requests in order of arrival, with `left` new ids between them."""
-        chunks: list[tuple[_Sequence, int]] = []
-        while left > 0 and self._waiting and len(self._running) < self.config.max_running:
-            sequence = self._waiting[0]
+    def _admit(self, chunks: Chunks, express: bool) -> None:
+        """Start waiting requests with what is left of the step's new ids, and add them to it."""
+        left = self.config.max_batch_tokens - sum(n for _, n in chunks)
+        eligible = [one for one in self._waiting if not (express and self._policy.patient(one))]
+        coming = {key for one in self._running for key in self._pages.unwritten(one.held)}
+        while left > 0 and eligible and (self._policy.bus or all(n == 1 for _, n in chunks)):
+            sequence = self._policy.first(eligible, self._running)
+            eligible.remove(sequence)
             sequence.n_computed = self._pages.share(sequence.held, sequence.shareable)
-            if not self._fits(sequence):
+            if self._policy.prefix_once and self._worth_waiting(sequence, coming):
+                self._vacate(sequence)
+                continue
+            if not self._make_room(sequence, chunks):
                 self._vacate(sequence)
                 break
-            self._running.append(self._waiting.popleft())
-            self._note_admission(sequence)
+            self._start(sequence)
             n = min(left, sequence.n_left)
             self._pages.grow(sequence.held, sequence.n_computed + n)
+            coming.update(self._pages.unwritten(sequence.held))
             chunks.append((sequence, n))
             left -= n
-        return chunks
 
-    def _fits(self, sequence: _Sequence) -> bool:
+    def _worth_waiting(self, sequence: Sequence, coming: set[bytes]) -> bool:
+        """Whether half or more of what it must compute is about to be computed by another, to be shared then."""
+        return not sequence.scoring and 2 * self._pages.awaited(sequence.held, coming) >= sequence.n_left
+
+    def _make_room(self, sequence: Sequence, chunks: Chunks) -> bool:
+        """Whether it can start. Patient requests give way to one that is not, as long as such have half the pages."""
+        while len(self._running) >= self.config.max_running or not self._fits(sequence):
+            patient = [one for one in self._idle(chunks) if self._policy.patient(one)]
+            if self._policy.patient(sequence) or not patient or self._express_pages(sequence) > EXPRESS_PAGES:
+                return False
+            self._preempt(patient)
+        return True
+
+    def _express_pages(self, newcomer: Sequence) -> float:
+        """Share of all pages that requests which are not patient need for their ids, the newcomer among them."""
+        express = [one for one in self._running if not self._policy.patient(one)]
+        needed = sum(self._pages.pages_for(len(one.held.ids)) for one in (*express, newcomer))
+        return needed / self._pages.n_pages
+
+    def _start(self, sequence: Sequence) -> None:
+        """Move it from the queue to the running ones."""
+        at = self._waiting.index(sequence)
+        for earlier in self._waiting[:at]:
+            earlier.overtaken += 1
+        self._running.append(self._waiting.pop(at))
+        self._note_admission(sequence)
+
+    def _fits(self, sequence: Sequence) -> bool:
         """Room for all its ids beside what running requests still need for theirs, plus a page each to go on with.
 
         Without that margin a newcomer would be preempted within a few steps and its work done twice.
@@ -259,18 +291,18 @@ class Scheduler:
         promised = sum(self._lacking(running) + 1 for running in self._running)
         return self._lacking(sequence) + promised <= self._pages.n_free
 
-    def _lacking(self, sequence: _Sequence) -> int:
+    def _lacking(self, sequence: Sequence) -> int:
         """Pages that its ids so far still need."""
         return max(self._pages.pages_for(len(sequence.held.ids)) - len(sequence.held.pages), 0)
 
-    def _note_admission(self, sequence: _Sequence) -> None:
+    def _note_admission(self, sequence: Sequence) -> None:
         if sequence.cached_tokens is not None:  # a preempted request finds its own pages again: no news
             return
         sequence.cached_tokens = sequence.n_computed
         if not sequence.scoring:
             self._count(prefix_queries=len(sequence.request.prompt), prefix_hits=sequence.n_computed)
 
-    def _commit_row(self, sequence: _Sequence, row: Row, answer: RowOutput) -> Progress | None:
+    def _commit_row(self, sequence: Sequence, row: Row, answer: RowOutput) -> Progress | None:
         if sequence.cancelled:
             return self._end(sequence, sequence.progress("cancelled"))
         sequence.n_computed += len(row.ids)
@@ -283,7 +315,7 @@ class Scheduler:
         progress = self._advance(sequence, answer)
         return progress if progress.finish is None else self._end(sequence, progress)
 
-    def _advance(self, sequence: _Sequence, answer: RowOutput) -> Progress:
+    def _advance(self, sequence: Sequence, answer: RowOutput) -> Progress:
         """All ids are computed: append the sampled token, if any, and say whether it was the last."""
         request, first = sequence.request, sequence.n_output == 0
         if answer.token is not None:
@@ -305,7 +337,7 @@ class Scheduler:
             prompt_logprobs=tuple(sequence.scores) if scored else None,
         )
 
-    def _end(self, sequence: _Sequence, progress: Progress) -> Progress:
+    def _end(self, sequence: Sequence, progress: Progress) -> Progress:
         """Forget a request and free its pages."""
         del self._known[sequence.request.id]
         if sequence in self._running:
@@ -315,9 +347,13 @@ class Scheduler:
         self._vacate(sequence)
         return progress
 
-    def _vacate(self, sequence: _Sequence) -> None:
+    def _vacate(self, sequence: Sequence) -> None:
         self._pages.release(sequence.held)
         sequence.n_computed = 0
 
     def _count(self, **more: float) -> None:
         self._totals = replace(self._totals, **{name: getattr(self._totals, name) + n for name, n in more.items()})
+
+
+def _arrival(sequence: Sequence) -> int:
+    return sequence.number

@@ -170,7 +170,7 @@ class _Run:
         max_model_len: int | None,
     ) -> None:
         self.agents = workload.agents
-        self.scheduler = Scheduler(config)
+        self.scheduler = Scheduler(config, lambda batch: cost(batch).seconds)
         self.cost = cost
         self.longest = max_model_len
         self.now = 0.0
