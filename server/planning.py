@@ -30,7 +30,7 @@ from placement.plan import Goal, GoalKind, Plan, check_fresh, check_slots, read_
 from placement.probe import find_hardware, machine_name
 from placement.profile import Profile, read_profile, write_profile
 from placement.routing import Routing, read_routing, uniform
-from server import simulate, timeline, workload
+from server import ablation, simulate, timeline, workload
 from server.options import SettingsError
 from server.planned import default_profile
 from server.planning_args import LENGTHS
@@ -39,6 +39,7 @@ from server.scheduler import SchedulerConfig
 CONFIGURATION, FAILURE = 78, 1
 CONCURRENCY: dict[GoalKind, int] = {"latency": 1, "throughput": 16, "swarm": 100}
 SETTLED = {"context": None, "concurrency": None, "dtype": None, "expert_format": "native", "servable": False}
+USERS_COME = 60.0  # seconds after a swarm's start
 CONTEXT = 8192  # tokens of a request, where nobody says and the model allows it
 
 Environ = Mapping[str, str]
@@ -198,8 +199,17 @@ def _simulate(given: argparse.Namespace, environ: Environ) -> int:
         max_batch_tokens=settings.max_batch_tokens,
         max_running=settings.max_running,
     )
+    work = workload.with_users(work, given.users, USERS_COME, given.seed)
+    clock = simulate.clock(rates)
+    if given.ablate:
+        with _bar() as show:
+            found = ablation.ablate(work, config, clock, settings.max_model_len, show)
+        _print(ablation.to_plain(found) if given.json else ablation.text(found))
+        if given.plot:
+            ablation.plot(found, given.plot)
+        return 0
     with _bar() as show:
-        done = simulate.simulate(work, config, simulate.clock(rates), settings.max_model_len, show)
+        done = simulate.simulate(work, config, clock, settings.max_model_len, show)
     _print(simulate.to_json(done) if given.json else simulate.text(done))
     if given.plot:
         timeline.plot(done, given.plot)

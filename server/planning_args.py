@@ -145,6 +145,12 @@ def _add_simulate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
     )
     for flag, default, help in LENGTHS:
         simulate.add_argument(flag, default=default, metavar="LENGTH", help=f"{help} (default: {default})")
+    simulate.add_argument(
+        "--users", type=_count, default=0, metavar="N", help="people who chat meanwhile, from a minute on (default: 0)"
+    )
+    simulate.add_argument(
+        "--ablate", action="store_true", help="run it again without each scheduling policy, and compare"
+    )
     simulate.add_argument("--seed", type=int, default=0, metavar="N", help="of the random lengths (default: 0)")
     simulate.add_argument("--plot", type=Path, metavar="FILE.svg", help="draw a timeline (needs matplotlib)")
     simulate.add_argument("--json", action="store_true", help="print the report as JSON")

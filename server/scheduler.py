@@ -19,7 +19,6 @@ from server.sequence import Sequence
 
 Chunks = list[tuple[Sequence, int]]  # who gets how many new ids in a step
 
-NEWCOMER = 1e-9  # seconds that a newcomer is owed: its first step is of its own lane
 EXPRESS_PAGES = 0.5  # of all pages: up to here patient requests give way to others that wait
 
 
@@ -60,7 +59,8 @@ class Scheduler:
         self._running: list[Sequence] = []  # in order of admission
         self._in_flight: list[tuple[Sequence, Row]] | None = None
         self._n_added = 0
-        self._owed = 0.0  # seconds that the patient requests have had beyond their share
+        self._owed = 0.0  # seconds that the patient requests have had, or will have, beyond their share
+        self._slowest = 0.0  # seconds of the last step that they had a part in
         self._totals = EngineStats()  # counters only; stats() adds the gauges
 
     @property
@@ -79,8 +79,8 @@ class Scheduler:
         self._n_added += 1
         self._known[request.id] = sequence
         self._waiting.append(sequence)
-        if self._owed == 0 and not self._policy.patient(sequence):
-            self._owed = NEWCOMER
+        if not self._policy.patient(sequence) and len(self._express()) == 1:
+            self._owed = self._slowest  # paid in advance: a step for all is too long to come before the first token
         return None
 
     def cancel(self, request_id: int) -> Progress | None:
@@ -173,16 +173,20 @@ class Scheduler:
         their share."""
         return self._owed > 0 and any(map(self._policy.patient, self._running))
 
+    def _express(self) -> list[Sequence]:
+        return [sequence for sequence in self._known.values() if not self._policy.patient(sequence)]
+
     def _share_time(self, flight: list[tuple[Sequence, Row]], seconds: float) -> None:
         """Enter a step of so many seconds: patient requests may stretch it to `slowdown` times what others need."""
         express = tuple(row for sequence, row in flight if not self._policy.patient(sequence))
-        if all(map(self._policy.patient, self._known.values())):
-            self._owed = 0.0
-        elif len(express) == len(flight):
-            self._owed -= (self._policy.slowdown - 1) * seconds  # a step below 0 at most: then all have a turn
+        slowdown = self._policy.slowdown
+        if len(express) == len(flight):
+            # A step with a prompt pays nothing back: the time between tokens is what is promised.
+            self._owed -= (slowdown - 1) * seconds if all(len(row.ids) == 1 for row in express) else 0.0
         else:
-            alone = self._expect(Batch(express)) if express else 0.0
-            self._owed = max(0.0, self._owed + seconds - self._policy.slowdown * alone)
+            self._slowest = seconds
+            self._owed += seconds - (slowdown * self._expect(Batch(express)) if express else 0.0)
+        self._owed = max(self._owed, 0.0) if self._express() else 0.0
 
     def _chosen(self, express: bool) -> Chunks:
         """Who gets how many new ids, all or only those that are not patient."""

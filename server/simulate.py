@@ -12,7 +12,7 @@ import heapq
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from hybrid.batch import Batch, Row, RowOutput, Sampling, StepOutput
 from placement.cost import Load, Rates, StepCost, step_cost
@@ -21,7 +21,7 @@ from server.request import Progress, Request
 from server.scheduler import Scheduler, SchedulerConfig
 from server.workload import Workload
 
-PERCENTILES = (50, 90, 99)
+PERCENTILES = (50, 90, 95, 99)
 SHOWN_REFUSALS = 3  # of many, by `text`
 GREEDY = Sampling(temperature=0.0)
 
@@ -39,6 +39,7 @@ class Served:
     prompt: int
     cached: int  # of the prompt, found in shared pages
     output: int
+    patient: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +111,15 @@ class Report:
     def queued(self) -> list[float]:
         """Seconds from each request's arrival to its first step."""
         return [request.started - request.arrived for request in self.served]
+
+    @property
+    def lanes(self) -> dict[str, "Report"]:
+        """Of a swarm with users beside it, the two parts by name; else nothing. Only what is told of requests holds."""
+        parts = {
+            "swarm": tuple(request for request in self.served if request.patient),
+            "users": tuple(request for request in self.served if not request.patient),
+        }
+        return {name: replace(self, served=served) for name, served in parts.items()} if all(parts.values()) else {}
 
     @property
     def utilisation(self) -> dict[str, float]:
@@ -219,7 +229,8 @@ class _Run:
         length, output = agent.prompt_tokens(turn), agent.turns[turn].output
         reason = self._too_long(length, output)
         if reason is None:
-            refusal = self.scheduler.add(Request(request_id, agent.prompt(turn), output, GREEDY))
+            request = Request(request_id, agent.prompt(turn), output, GREEDY, group=agent.group, patient=agent.patient)
+            refusal = self.scheduler.add(request)
             reason = refusal.error if refusal is not None else None
         if reason is None:
             self.live[request_id] = _Live(i, turn, arrived, length)
@@ -266,9 +277,11 @@ class _Run:
 
     def _end(self, live: _Live, cached: int) -> None:
         assert live.started is not None and live.first_token is not None, "an answer without a step"
-        turns = self.agents[live.agent].turns
+        agent = self.agents[live.agent]
+        turns = agent.turns
         times = (live.arrived, live.started, live.first_token, self.now)
-        self.served.append(Served(live.agent, live.turn, *times, live.prompt, cached, turns[live.turn].output))
+        sizes = (live.prompt, cached, turns[live.turn].output)
+        self.served.append(Served(live.agent, live.turn, *times, *sizes, agent.patient))
         following = live.turn + 1
         if following < len(turns):
             heapq.heappush(self.arrivals, (self.now + turns[following].wait, live.agent, following))
@@ -284,7 +297,7 @@ def _decodes(row: Row) -> bool:
 
 
 def percentiles(values: Sequence[float]) -> dict[str, float]:
-    """p50, p90 and p99, between two values by straight line; nothing of nothing."""
+    """p50, p90, p95 and p99, between two values by straight line; nothing of nothing."""
     if not values:
         return {}
     cuts = statistics.quantiles(values, n=100, method="inclusive") if len(values) > 1 else [values[0]] * 99
@@ -303,6 +316,10 @@ def to_json(report: Report) -> dict[str, object]:
         "ttft_seconds": percentiles(report.ttft),
         "tpot_seconds": percentiles(report.tpot),
         "queue_seconds": percentiles(report.queued),
+        "lanes": {
+            name: {"ttft_seconds": percentiles(lane.ttft), "tpot_seconds": percentiles(lane.tpot)}
+            for name, lane in report.lanes.items()
+        },
         "generated_tokens": report.generated,
         "generated_tokens_per_second": report.generated * rate,
         "prefilled_tokens": report.prefilled,
@@ -323,6 +340,7 @@ def text(report: Report) -> str:
     lines = [
         f"{report.agents} agents, {len(report.served)} requests answered in {span:,.1f} s",
         *_percentile_lines(report),
+        *(line for name, lane in report.lanes.items() for line in (f"  of the {name}", *_percentile_lines(lane))),
         f"  generated   {report.generated:,} tokens, {report.generated * rate:.1f} tok/s",
         f"  prefilled   {report.prefilled:,} tokens, {report.prefilled * rate:.1f} tok/s; "
         f"{report.cached:,} more came from shared pages",

@@ -5,7 +5,7 @@ command for `--plot`.
 """
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,11 @@ def plot(report: Report, path: Path) -> None:
     cannot be written."""
     if not report.served:
         raise TimelineError(f"{path}: nothing to draw, every request was refused")
+    drawn(lambda figures: draw(report, figures), path)
+
+
+def drawn(figure_of: Callable[[Any], Any], path: Path) -> None:
+    """Write the figure that `figure_of(module matplotlib.figure)` makes as SVG. Raises TimelineError."""
     try:
         matplotlib = importlib.import_module("matplotlib")
         figures = importlib.import_module("matplotlib.figure")
@@ -45,7 +50,7 @@ def plot(report: Report, path: Path) -> None:
         raise TimelineError("a timeline is drawn by matplotlib, which is missing: pip install matplotlib") from None
     # Without a date and with a fixed salt the same report is the same file.
     with matplotlib.rc_context({"svg.hashsalt": "hybrid", "font.size": 9, "axes.spines.right": False}):
-        figure = draw(report, figures)
+        figure = figure_of(figures)
         try:
             figure.savefig(path, format="svg", metadata={"Date": None})
         except OSError as error:

@@ -9,12 +9,13 @@ import json
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, repeat
 from pathlib import Path
 from random import Random
 from typing import Any, Literal
 
+USER_TURNS = 10
 HASHED_TOKENS = 512  # tokens that one entry of a trace's hash_ids stands for
 MOST_TOKENS = 10_000_000  # in one number of a trace or a distribution: beyond every context length there is
 GRAMMAR = (
@@ -87,6 +88,8 @@ class Agent:
 
     own_id: int
     turns: tuple[Turn, ...]
+    group: str = ""  # as `server.request.Request` has it
+    patient: bool = False
 
     def prompt(self, turn: int) -> tuple[int, ...]:
         """Ids of the prompt of turn number `turn` (from 0): the conversation before it and what it adds."""
@@ -148,9 +151,25 @@ def swarm(
             Turn(((own_id, tool_tokens.count(random, 0)),), output.count(random, 1), tool_wait.draw(random))
             for _ in range(turns.count(random, 1) - 1)
         )
-        return Agent(own_id, (first, *later))
+        return Agent(own_id, (first, *later), "swarm", patient=True)
 
     return Workload(tuple(map(agent, range(agents))))
+
+
+def with_users(workload: Workload, users: int, start: float, seed: int = 0) -> Workload:
+    """The same and `users` people who come `start` seconds later, each with a conversation of its own: turns of 100 to
+    500 new tokens, answers of 50 to 350, and 5 to 25 seconds to read and type."""
+
+    def user(i: int) -> Agent:
+        random, own_id = Random(f"{seed} user {i}"), -1 - len(workload.agents) - i
+        turns = (
+            Turn(((own_id, random.randint(100, 500)),), random.randint(50, 350), random.uniform(5, 25))
+            for _ in range(USER_TURNS)
+        )
+        first, *later = turns
+        return Agent(own_id, (replace(first, wait=start + first.wait), *later))
+
+    return Workload((*workload.agents, *map(user, range(users))))
 
 
 def read_trace(path: Path) -> Workload:

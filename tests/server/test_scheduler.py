@@ -3,100 +3,15 @@
 import random
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 import pytest
 
-from hybrid.batch import Batch, RowOutput, Sampling, StepOutput, TokenLogprob
-from server.policy import FIRST_COME, MOST_OVERTAKEN, Policy
+from hybrid.batch import RowOutput, Sampling, StepOutput, TokenLogprob
+from server.policy import Policy
 from server.request import Progress, Request
 from server.scheduler import Scheduler, SchedulerConfig
-from tests.reference.fake_step import FakeStep
-
-GREEDY = Sampling(temperature=0.0)
-
-
-def small(**changes: int) -> SchedulerConfig:
-    """Few pages, so that a handful of tokens fills them."""
-    sizes = {"n_pages": 16, "page_size": 4, "max_batch_tokens": 8, "max_running": 4}
-    return SchedulerConfig(**{**sizes, **changes})
-
-
-def request(i: int, prompt: Iterable[int], max_tokens: int = 4, **more: object) -> Request:
-    return replace(Request(i, tuple(prompt), max_tokens, GREEDY), **more)  # type: ignore[arg-type]
-
-
-class House:
-    """A scheduler, its fake step and all progress so far, checked after every move."""
-
-    def __init__(self, config: SchedulerConfig) -> None:
-        self.scheduler = Scheduler(config, lambda batch: self.seconds(batch))
-        self.step = FakeStep(config.n_pages, config.page_size, tokens=range(50))
-        self.progress: dict[int, list[Progress]] = {}
-        self.batches: list[Batch] = []
-        self.seconds: Callable[[Batch], float] = lambda batch: 1.0
-
-    def note(self, *progress: Progress | None) -> None:
-        for p in progress:
-            if p is not None:
-                self.progress.setdefault(p.request_id, []).append(p)
-
-    def add(self, *requests: Request) -> None:
-        for r in requests:
-            self.note(self.scheduler.add(r))
-            self.scheduler.check()
-
-    def cancel(self, request_id: int) -> None:
-        self.note(self.scheduler.cancel(request_id))
-        self.scheduler.check()
-
-    def launch(self) -> Batch | None:
-        batch = self.scheduler.next()
-        self.scheduler.check()
-        if batch is not None:
-            self.batches.append(batch)
-            config = self.scheduler.config
-            assert 0 < batch.n_tokens <= config.max_batch_tokens
-            assert len(batch.rows) <= config.max_running
-        return batch
-
-    def land(self, batch: Batch) -> None:
-        self.note(*self.scheduler.commit(replace(self.step(batch), seconds=self.seconds(batch))))
-        self.scheduler.check()
-
-    def run(self, steps: int = 10_000) -> None:
-        for _ in range(steps):
-            batch = self.launch()
-            if batch is None:
-                return
-            self.land(batch)
-
-    def tokens(self, request_id: int) -> list[int]:
-        return [p.token for p in self.progress[request_id] if p.token is not None]
-
-    def finish(self, request_id: int) -> str | None:
-        return self.progress[request_id][-1].finish
-
-
-def alone(r: Request) -> list[Progress]:
-    """What a request answers by itself, whole prompt in one step, in a fresh house."""
-    house = House(SchedulerConfig(n_pages=64, page_size=4, max_batch_tokens=256))
-    house.add(r)
-    house.run()
-    return [replace(p, cached_tokens=0) for p in house.progress[r.id]]
-
-
-def assert_same_as_alone(house: House, r: Request) -> None:
-    assert [replace(p, cached_tokens=0) for p in house.progress[r.id]] == alone(r)
-
-
-def assert_empty(house: House) -> None:
-    stats = house.scheduler.stats()
-    assert house.scheduler.idle
-    assert (stats.running, stats.waiting, stats.pages_used) == (0, 0, 0)
-    assert house.scheduler.next() is None
-
+from tests.server.house import GREEDY, House, alone, assert_empty, assert_same_as_alone, request, small
 
 # One request
 
@@ -262,7 +177,7 @@ def test_twins_that_arrive_together_wait_for_the_first_ones_pages() -> None:
 
 
 def test_without_prefix_once_twins_do_not_read_unwritten_pages() -> None:
-    house = House(replace(small(max_batch_tokens=64), policy=Policy(prefix_once=False)))
+    house = House(small(max_batch_tokens=64, policy=Policy(prefix_once=False)))
     twins = [request(i, range(12)) for i in range(1, 4)]
     house.add(*twins)
     house.run()
@@ -288,112 +203,6 @@ def test_the_prefix_is_read_anew_where_its_reader_is_cancelled() -> None:
     assert house.progress[2][0].cached_tokens == 4
     assert house.finish(2) == "length"
     assert_empty(house)
-
-
-# Lanes and groups
-
-
-def group(ids: Iterable[int], name: str = "swarm", max_tokens: int = 4) -> list[Request]:
-    return [request(i, [i, 1, 2, 3], max_tokens, group=name, patient=True) for i in ids]
-
-
-def test_a_newcomer_gets_a_step_of_its_own_and_half_of_the_time() -> None:
-    """A step for all takes three seconds, one of them more than the express lane's two steps of a second may."""
-    house = House(small(n_pages=64, max_batch_tokens=64, max_running=8))
-    house.seconds = lambda batch: 3.0 if len(batch.rows) > 1 else 1.0
-    house.add(*group(range(1, 5), max_tokens=30))
-    house.run(2)
-    house.add(request(9, [9], max_tokens=12))
-    house.run(12)
-    lanes = [{row.request_id for row in batch.rows} for batch in house.batches[2:14]]
-    assert lanes[0] == {9}
-    assert lanes.count({9}) == 6
-    assert lanes.count({1, 2, 3, 4, 9}) == 6
-    house.run()
-    assert_empty(house)
-
-
-def test_all_ride_along_where_that_costs_the_express_lane_little() -> None:
-    house = House(small(n_pages=64, max_batch_tokens=64, max_running=8))
-    house.add(*group(range(1, 5), max_tokens=30))
-    house.run(2)
-    house.add(request(9, [9], max_tokens=12))
-    house.run()
-    assert [len(batch.rows) for batch in house.batches[2:14]] == [1] + [5] * 11
-
-
-def test_the_longer_a_step_for_all_takes_the_more_steps_the_express_lane_gets() -> None:
-    house = House(small(n_pages=64, max_batch_tokens=64, max_running=8))
-    house.seconds = lambda batch: float(len(batch.rows)) ** 2
-    house.add(*group(range(1, 5), max_tokens=30))
-    house.add(request(9, [9], max_tokens=60))
-    house.run(60)
-    express = [len(batch.rows) == 1 for batch in house.batches]
-    seconds = [house.seconds(batch) for batch in house.batches]
-    for_all = sum(s for s, alone in zip(seconds, express, strict=True) if not alone)
-    assert for_all > 0
-    assert sum(seconds) <= 2.0 * 60 + 25  # 60 tokens of a second each alone, and one step too many
-    assert sum(seconds) >= 1.8 * 60, "and the others get what is left"
-
-
-def test_patient_ones_alone_are_never_held_up() -> None:
-    house = House(small(n_pages=64, max_batch_tokens=64, max_running=8))
-    house.add(*group(range(1, 5)))
-    house.run()
-    assert [len(batch.rows) for batch in house.batches] == [4, 4, 4, 4]
-
-
-def test_places_go_to_the_group_that_holds_fewest() -> None:
-    house = House(small(n_pages=64, max_batch_tokens=64, max_running=4))
-    house.add(*group(range(1, 9), "large"), *group((20, 21), "small"))
-    house.run(1)
-    assert [row.request_id for row in house.batches[0].rows] == [1, 20, 2, 21]
-
-
-def test_the_longest_answers_of_a_group_come_first() -> None:
-    house = House(small(n_pages=64, max_batch_tokens=64, max_running=2))
-    lengths = {1: 3, 2: 9, 3: 6, 4: 12}
-    house.add(*(request(i, [i], n, group="swarm", patient=True) for i, n in lengths.items()))
-    house.run()
-    started = list(dict.fromkeys(row.request_id for batch in house.batches for row in batch.rows))
-    assert started == [4, 2, 3, 1]
-    assert len(house.batches) == 15, "30 tokens in two places"
-
-
-def test_nobody_is_overtaken_for_ever() -> None:
-    house = House(small(n_pages=64, max_running=1))
-    house.add(request(0, [0], 1, group="swarm", patient=True))
-    for i in range(1, 200):
-        house.add(request(i, [i], 2, group="swarm", patient=True))
-        if i > 1:
-            house.run(1)
-        if 0 in house.progress:
-            break
-    assert house.finish(0) == "length"
-    assert i <= 2 * (MOST_OVERTAKEN + 3)
-
-
-def test_a_hurried_one_takes_the_pages_of_patient_ones() -> None:
-    house = House(small(n_pages=8, max_batch_tokens=64, max_running=8))
-    house.add(*(request(i, range(10 * i, 10 * i + 9), 4, group="swarm", patient=True) for i in (1, 2)))
-    house.run(1)
-    assert house.scheduler.stats().running == 2
-    house.add(request(9, range(50, 58), 4))
-    house.run(1)
-    assert [row.request_id for row in house.batches[-1].rows] == [9]
-    house.run()
-    assert house.scheduler.stats().preemptions > 0
-    assert_empty(house)
-
-
-def test_first_come_first_served_is_still_there() -> None:
-    """What the policies are measured against: one prompt to a step, in order of arrival."""
-    house = House(replace(small(n_pages=64, max_batch_tokens=64), policy=FIRST_COME))
-    house.add(*group(range(1, 4)), request(9, [9]))
-    house.run()
-    assert [[row.request_id for row in batch.rows if row.position == 0] for batch in house.batches[:4]] == [
-        [1], [2], [3], [9],
-    ]  # fmt: skip
 
 
 # Order, fairness, preemption
