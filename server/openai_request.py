@@ -28,9 +28,7 @@ HARMLESS = (
     "user",
     "metadata",
     "store",
-    "service_tier",
     "safety_identifier",
-    "prompt_cache_key",
     "prediction",
     "verbosity",
 )
@@ -109,6 +107,8 @@ def read_options(fields: Fields, defaults: Sampling, n_vocab: int) -> Options:
         stop=_stops(fields),
         stop_token_ids=frozenset(read_ids(fields.items("stop_token_ids") or [], "stop_token_ids", n_vocab)),
         ignore_eos=fields.boolean("ignore_eos"),
+        group=fields.text("prompt_cache_key") or "",
+        patient=fields.text("service_tier") == "flex",
     )
 
 

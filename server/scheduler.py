@@ -19,6 +19,7 @@ from server.sequence import Sequence
 
 Chunks = list[tuple[Sequence, int]]  # who gets how many new ids in a step
 
+MOST_ALONE = 4  # times the longest step: more seconds than that the express lane has never in a row
 EXPRESS_PAGES = 0.5  # of all pages: up to here patient requests give way to others that wait
 
 
@@ -61,6 +62,8 @@ class Scheduler:
         self._n_added = 0
         self._owed = 0.0  # seconds that the patient requests have had, or will have, beyond their share
         self._slowest = 0.0  # seconds of the last step that they had a part in
+        self._alone = 0.0  # seconds of the steps since then while some of them ran
+        self._longest = 0.0  # of these
         self._totals = EngineStats()  # counters only; stats() adds the gauges
 
     @property
@@ -171,7 +174,11 @@ class Scheduler:
     def _hurried(self) -> bool:
         """Whether the next step is for those alone that are not patient: some are here, and others have had more than
         their share."""
-        return self._owed > 0 and any(map(self._policy.patient, self._running))
+        if not any(map(self._policy.patient, self._running)):
+            self._alone = self._longest = 0.0
+            return False
+        # Prompts without end would never pay back what is owed.
+        return self._owed > 0 and self._alone <= MOST_ALONE * max(self._slowest, self._longest)
 
     def _express(self) -> list[Sequence]:
         return [sequence for sequence in self._known.values() if not self._policy.patient(sequence)]
@@ -183,7 +190,9 @@ class Scheduler:
         if len(express) == len(flight):
             # A step with a prompt pays nothing back: the time between tokens is what is promised.
             self._owed -= (slowdown - 1) * seconds if all(len(row.ids) == 1 for row in express) else 0.0
+            self._alone, self._longest = self._alone + seconds, max(self._longest, seconds)
         else:
+            self._alone = self._longest = 0.0
             self._slowest = seconds
             self._owed += seconds - (slowdown * self._expect(Batch(express)) if express else 0.0)
         self._owed = max(self._owed, 0.0) if self._express() else 0.0

@@ -47,6 +47,8 @@ class Options:
     ignore_eos: bool = False
     prompt_logprobs: int | None = None
     show_specials: bool = False  # plain completions: special tokens as text
+    group: str = ""  # with `patient`, as `Request` has them
+    patient: bool = False
 
 
 class Service:
@@ -187,6 +189,8 @@ class Service:
             sampling=replace(options.sampling, seed=seed),
             stop_ids=stop_ids,
             prompt_logprobs=options.prompt_logprobs,
+            group=options.group,
+            patient=options.patient,
         )
 
     def _failure(self, message: str) -> ApiError:

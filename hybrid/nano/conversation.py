@@ -15,7 +15,7 @@ from typing import Any
 from hybrid.nano.vocabulary import SPECIAL, Vocabulary
 
 Json = dict[str, Any]
-COPIED = 2.0  # weight of the loss on tokens of a copied item, which carry the decisions
+COPIED = 2.0  # weight of the loss on tokens of a copied item and the one after it, and of a call's name: the decisions
 GOES_ON = 4.0  # on the token that begins another call or ends the calls
 
 
@@ -196,11 +196,13 @@ class _Writer:
         weights = [1.0] * len(ids)
         if piece in ("<|tool_call_begin|>", "<|tool_calls_section_end|>"):
             return [GOES_ON]
+        if piece.startswith("functions."):
+            return [COPIED] * len(ids)
         if self._copied is None or piece in SPECIAL:
             return weights
         at, inside = 0, [match.span() for match in self._copied.finditer(piece)]
         for i, token in enumerate(ids):
-            if any(start <= at < stop for start, stop in inside):
+            if any(start <= at <= stop for start, stop in inside):
                 weights[i] = COPIED
             at += len(self._vocabulary.tokens[token])
         return weights

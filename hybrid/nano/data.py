@@ -44,7 +44,7 @@ def _sum(rng: random.Random, held_out: bool) -> dict[str, str]:
 
 
 def _line(rng: random.Random, held_out: bool) -> str:
-    return " ".join(words.thing(rng, held_out) for _ in range(rng.randint(1, 4)))
+    return " ".join(words.distinct(lambda: words.thing(rng, held_out), rng.randint(1, 4)))
 
 
 def _files(rng: random.Random, held_out: bool) -> str:

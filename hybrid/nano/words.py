@@ -142,8 +142,9 @@ def code(rng: random.Random) -> str:
 
 def path(rng: random.Random, held_out: bool) -> str:
     """A relative file name."""
-    file = f"{thing(rng, held_out)}.{rng.choice(_SUFFIXES)}"
-    return f"{thing(rng, held_out)}/{file}" if rng.random() < 0.3 else file
+    folder, file = distinct(lambda: thing(rng, held_out), 2)  # so few are held out that they would often be the same
+    file = f"{file}.{rng.choice(_SUFFIXES)}"
+    return f"{folder}/{file}" if rng.random() < 0.3 else file
 
 
 def number(rng: random.Random) -> str:

@@ -7,7 +7,10 @@ from typing import Any
 import openai
 import pytest
 
+from hybrid.batch import Sampling
 from server import openai_completions
+from server.openai_request import read_options
+from server.validation import as_fields
 from tests.reference.fake_server import FakeServer
 
 TOOL: Any = {
@@ -407,3 +410,11 @@ async def test_sixty_four_streams_at_once(server: FakeServer) -> None:
 
         assert await asyncio.gather(*map(one, texts)) == [(text, "stop") for text in texts]
     server.wait_empty()
+
+
+def test_a_sub_agents_request_says_so() -> None:
+    body = {"messages": user("hi"), "prompt_cache_key": "run 7", "service_tier": "flex"}
+    options = read_options(as_fields(body, ""), Sampling(), 300)
+    assert (options.group, options.patient) == ("run 7", True)
+    plain = read_options(as_fields({"service_tier": "auto"}, ""), Sampling(), 300)
+    assert (plain.group, plain.patient) == ("", False)

@@ -1,9 +1,11 @@
 """Who goes first: lanes, groups, and what the policies are measured against."""
 
+import itertools
 from collections.abc import Iterable
 
 from server.policy import FIRST_COME, MOST_OVERTAKEN
 from server.request import Request
+from server.scheduler import MOST_ALONE
 from tests.server.house import House, assert_empty, request, small
 
 
@@ -47,6 +49,20 @@ def test_the_longer_a_step_for_all_takes_the_more_steps_the_express_lane_gets() 
     assert for_all > 0
     assert sum(seconds) <= 2.0 * 60 + 25  # 60 tokens of a second each alone, and one step too many
     assert sum(seconds) >= 1.8 * 60, "and the others get what is left"
+
+
+def test_prompts_without_end_do_not_keep_patient_ones_out() -> None:
+    """Somebody always reads a prompt of two tokens and is gone; steps take a second."""
+    house = House(small(n_pages=64, max_batch_tokens=64, max_running=8))
+    house.add(*group(range(1, 5), max_tokens=9))
+    house.run(1)
+    house.add(request(100, [100, 0], 1))
+    for i in range(101, 160):
+        house.add(request(i, [i, 0], 1))
+        house.run(1)
+    for_all = [n for n, batch in enumerate(house.batches) if batch.rows[0].request_id < 100]
+    assert house.finish(1) == "length"
+    assert max(later - n for n, later in itertools.pairwise(for_all)) <= MOST_ALONE + 2
 
 
 def test_patient_ones_alone_are_never_held_up() -> None:
