@@ -14,7 +14,9 @@ from hybrid.nano.network import Batch
 from hybrid.nano.vocabulary import SPECIAL
 
 _WINDOW = 16  # calls of a long fan-out that are taught at once, at most
-_AT_THE_END = 0.4  # of the windows, as where to stop is the hard part of a long list
+# Of the windows. Where to stop is the hard part of a long list: not after 3 of 30, but after 30.
+_AT_THE_START = 0.3
+_AT_THE_END = 0.4  # of the others
 _LONG = 12  # calls; shorter fan-outs are taught whole
 _PADDED = 0.12  # of a rectangle, at most, before a new one is begun
 
@@ -29,16 +31,21 @@ class Span:
 
 
 def windowed(rng: random.Random, encoded: Encoded) -> Encoded:
-    """A long fan-out with most of its calls left out: the first, then a few in a row, then the end or nothing.
+    """A long fan-out with most of its calls left out: the first, then a few in a row, then the end or nothing. Whole
+    where the results are merged, as they need all the calls.
 
     The call right after the gap is not taught, as nothing in sight tells which one it is. Windows differ in length, or
     the number of calls in sight would tell where the list ends.
     """
+    if any(score.startswith("merge") for _, _, score in encoded.turns):
+        return encoded
     for start, stop, score in encoded.turns:
         calls = [i for i in range(start, stop) if encoded.ids[i] == SPECIAL["<|tool_call_begin|>"]]
         if not score.startswith("fan-out") or len(calls) <= _LONG:
             continue
         window = rng.randint(2, min(_WINDOW, len(calls) - 3))
+        if rng.random() < _AT_THE_START:
+            return _ended(encoded, calls[window + 1])
         latest = len(calls) - window
         first = latest if rng.random() < _AT_THE_END else rng.randint(2, latest)
         weights = list(encoded.weights)

@@ -16,7 +16,7 @@ from hybrid.nano.vocabulary import SPECIAL, Vocabulary
 
 Json = dict[str, Any]
 COPIED = 2.0  # weight of the loss on tokens of a copied item and the one after it, and of a call's name: the decisions
-GOES_ON = 4.0  # on the token that begins another call or ends the calls
+GOES_ON = 4.0  # on the token that begins another call or line, or ends them
 
 
 @dataclass(slots=True)
@@ -194,7 +194,7 @@ class _Writer:
 
     def _weights(self, piece: str, ids: Sequence[int]) -> list[float]:
         weights = [1.0] * len(ids)
-        if piece in ("<|tool_call_begin|>", "<|tool_calls_section_end|>"):
+        if piece in ("<|tool_call_begin|>", "<|tool_calls_section_end|>", "<|im_end|>"):
             return [GOES_ON]
         if piece.startswith("functions."):
             return [COPIED] * len(ids)
@@ -202,7 +202,9 @@ class _Writer:
             return weights
         at, inside = 0, [match.span() for match in self._copied.finditer(piece)]
         for i, token in enumerate(ids):
-            if any(start <= at <= stop for start, stop in inside):
+            if self._vocabulary.tokens[token] == b"\n":
+                weights[i] = GOES_ON
+            elif any(start <= at <= stop for start, stop in inside):
                 weights[i] = COPIED
             at += len(self._vocabulary.tokens[token])
         return weights

@@ -96,9 +96,7 @@ def _swarm(
     merged: bool = True,
 ) -> Conversation:
     what = words.a_property(rng, held_out)
-    talk = Conversation(rng.random() < 0.5, tools_with(rng, [CREATE, ASSIGN], 2), copied=[what])
-    if listed is None:
-        talk.copied += items
+    talk = Conversation(rng.random() < 0.5, tools_with(rng, [CREATE, ASSIGN], 2), copied=[what, *items])
     if rng.random() < 0.7:
         talk.system(rng.choice(_SYSTEM))
     talk.user(phrase(rng, job.asked, held_out).format(property=what, items=listed or words.listed(rng, items)))
