@@ -19,7 +19,8 @@ import numpy as np
 import numpy.typing as npt
 
 FORMAT = "hybrid routing record"
-VERSION = 1
+VERSION = 2
+READABLE = ("1", "2")  # version 1 never had `ahead`
 Integers = npt.NDArray[np.integer]
 Floats = npt.NDArray[np.floating]
 Words = npt.NDArray[np.str_]
@@ -29,8 +30,9 @@ Words = npt.NDArray[np.str_]
 ARRAYS = {
     "model": ("", "text"), "layers": ("L", "integers"), "bias": ("LE", "numbers"), "tokens": ("T", "integers"),
     "starts": ("D", "integers"), "families": ("D", "text"), "turns": ("M2", "integers"), "kinds": ("M", "text"),
-    "experts": ("TLK", "integers"), "scores": ("SLE", "numbers"),
+    "experts": ("TLK", "integers"), "scores": ("SLE", "numbers"), "ahead": ("SL2E", "numbers"),
 }  # fmt: skip
+OPTIONAL = "ahead"
 KINDS = {"text": "U", "integers": "iu", "numbers": "f"}  # NumPy's letters
 # What zipfile and NumPy raise for bytes that are no archive of arrays; they parse headers as Python.
 _DAMAGED = (
@@ -57,6 +59,9 @@ class Record:
     kinds: Words  # (M,) what kind of turn it is
     experts: Integers  # (T, L, K) ids of the chosen experts, ascending
     scores: Floats  # (S, L, E) float16, of the first S tokens, which are whole documents: before the bias
+    # (S, L, 2, E) float16, of the same tokens: what the layer's router scores the input of the MoE layer one and two
+    # before it; zeros where there is none. None: not recorded
+    ahead: Floats | None = None
 
     @property
     def n_experts(self) -> int:
@@ -105,6 +110,8 @@ def shares_of(counts: npt.NDArray[Any], per_token: int) -> npt.NDArray[np.float6
 def write_record(path: Path, record: Record) -> None:
     """Write the record in one move, or leave nothing; the same record is the same file. Raises OSError."""
     arrays: dict[str, Any] = {field.name: getattr(record, field.name) for field in fields(record)}
+    if record.ahead is None:
+        del arrays[OPTIONAL]
     scratch = path.with_name(f".{path.name}.part")
     try:
         with scratch.open("wb") as file:
@@ -119,11 +126,13 @@ def write_record(path: Path, record: Record) -> None:
 def read_record(path: Path) -> Record:
     """The record that a file holds. Raises RecordError."""
     arrays = _arrays(path)
-    if str(arrays.get("format")) != FORMAT or str(arrays.get("version")) != str(VERSION):
+    if str(arrays.get("format")) != FORMAT or str(arrays.get("version")) not in READABLE:
         raise RecordError(f"{path}: not a routing record of this version; make one with python -m hybrid.nano.record")
     sizes = {"2": 2}
     for name, (letters, noun) in ARRAYS.items():
         array = arrays.get(name)
+        if array is None and name == OPTIONAL:
+            continue
         if not isinstance(array, np.ndarray) or array.ndim != len(letters) or array.dtype.kind not in KINDS[noun]:
             raise RecordError(f"{path}: {name}: expected {noun} of shape ({', '.join(letters)})")
         for letter, size in zip(letters, array.shape, strict=True):
@@ -131,7 +140,9 @@ def read_record(path: Path) -> Record:
                 raise RecordError(f"{path}: {name}: expected {letter} to be {sizes[letter]} as elsewhere, found {size}")
     # Signed, so that differences are: only the two large arrays keep the types that they have in the file.
     small = {name: arrays[name].astype(np.int64) for name in ("layers", "tokens", "starts", "turns")}
-    record = Record(**{name: arrays[name] for name in ARRAYS} | small | {"model": str(arrays["model"])})
+    record = Record(
+        **{name: arrays[name] for name in ARRAYS if name in arrays} | small | {"model": str(arrays["model"])}
+    )
     wrong = _wrong(record)
     if wrong:
         raise RecordError(f"{path}: {wrong}")
@@ -166,8 +177,9 @@ def _wrong(record: Record) -> str | None:
         return "layers: expected numbers from 0, ascending"
     if record.tokens.min() < 0:
         return "tokens: expected ids from 0"
-    for name in ("bias", "scores"):
-        if not np.isfinite(getattr(record, name)).all():
+    for name in ("bias", "scores", OPTIONAL):
+        found = getattr(record, name)
+        if found is not None and not np.isfinite(found).all():
             return f"{name}: expected finite numbers"
     begin, end = record.turns.T
     if (begin < 0).any() or (begin >= end).any() or (end > n_tokens).any():

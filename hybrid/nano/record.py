@@ -1,4 +1,6 @@
-"""Record nano's routing on held-out conversations: `python -m hybrid.nano.record MODEL_DIR OUT.npz [--tokens N]`.
+"""Record nano's routing on held-out conversations.
+
+    python -m hybrid.nano.record MODEL_DIR OUT.npz [--tokens N] [--scored N]
 
 Every conversation goes through the real engine (INT4 experts, 8-bit activations) in one step, its answers given as if
 the model had written them. The file is `hybrid.routes.Record`; `hybrid.nano.load` sums it up.
@@ -34,7 +36,8 @@ from offload.config import PoolConfig
 
 SEED = 40_000
 TOKENS = 25_000
-SCORED_TOKENS = 1_850  # most of the file: scores hardly compress
+SCORED_TOKENS = 1_000  # most of the file: scores hardly compress, and each comes with two looks ahead
+LOOKS = 2  # layers before that a layer is looked ahead from
 PAGE = 16
 # Conversations of each family in a round of about 25,000 tokens. As many sub-agents as a large batch, so that those of
 # one swarm can be looked at together. No talk: most of its questions are the training's own.
@@ -61,19 +64,26 @@ class Document:
 
 def documents(vocabulary: Vocabulary, n_tokens: int, scored: int) -> tuple[list[Document], int]:
     """Held-out conversations of `n_tokens` tokens or a little more, always the same, and how many of the first ones
-    are to be scored: one of each family where they fit, `scored` tokens at most."""
-    first: dict[str, Document] = {}  # by family
+    are to be scored: in turns one of each family where they fit, `scored` tokens at most."""
+    first: list[Document] = []
     rest: list[Document] = []
     stream = _drawn(vocabulary)
     while n_tokens > 0:
-        document = next(stream)
-        n_tokens -= document.n_tokens
-        if document.family not in first and document.n_tokens <= scored:
-            first[document.family] = document
-            scored -= document.n_tokens
-        else:
-            rest.append(document)
-    return [*first.values(), *rest], len(first)
+        rest.append(next(stream))
+        n_tokens -= rest[-1].n_tokens
+    complete = True  # every family has had its turn: none is scored more often than another that has more
+    while complete and rest:
+        families = {document.family for document in rest}
+        others: list[Document] = []
+        for document in rest:
+            if document.family in families and document.n_tokens <= scored:
+                families.remove(document.family)
+                scored -= document.n_tokens
+                first.append(document)
+            else:
+                others.append(document)
+        rest, complete = others, not families
+    return [*first, *rest], len(first)
 
 
 def _drawn(vocabulary: Vocabulary) -> Iterator[Document]:
@@ -87,30 +97,42 @@ def _drawn(vocabulary: Vocabulary) -> Iterator[Document]:
 
 
 class Recorder:
-    """Keeps what the routers do: a `hybrid.moe.Watch`. All scores too while `scoring`."""
+    """Keeps what the routers do: a `hybrid.moe.Watch`. All scores and looks ahead too while `scoring`."""
 
     def __init__(self) -> None:
         self.scoring = False
+        self._inputs: dict[int, torch.Tensor] = {}  # of this step's layers so far
         self._bias: dict[int, torch.Tensor] = {}
         self._experts: defaultdict[int, list[torch.Tensor]] = defaultdict(list)
         self._scores: defaultdict[int, list[torch.Tensor]] = defaultdict(list)
+        self._ahead: defaultdict[int, list[torch.Tensor]] = defaultdict(list)
 
     def __call__(self, moe: Moe, x: torch.Tensor, ids: torch.Tensor) -> None:
         router = moe.router
         self._bias[moe.layer] = torch.zeros(len(router.weight)) if router.bias is None else router.bias
         self._experts[moe.layer].append(ids.sort(-1).values.cpu())
-        self._scores[moe.layer].append(router.scores(x if self.scoring else x[:0]).half().cpu())
+        scored = x if self.scoring else x[:0]
+        scores = router.scores(scored)
+        if any(layer >= moe.layer for layer in self._inputs):  # another step
+            self._inputs.clear()
+        before = [router.scores(x) for x in [*self._inputs.values()][: -LOOKS - 1 : -1]]
+        before += [torch.zeros_like(scores)] * (LOOKS - len(before))
+        self._scores[moe.layer].append(scores.half().cpu())
+        self._ahead[moe.layer].append(torch.stack(before, 1).half().cpu())
+        self._inputs[moe.layer] = scored.clone()
 
     def arrays(self) -> dict[str, npt.NDArray[Any]]:
-        """`layers`, `bias`, `experts` and `scores` of a `hybrid.routes.Record`."""
+        """`layers`, `bias`, `experts`, `scores` and `ahead` of a `hybrid.routes.Record`."""
         bias = torch.stack(list(self._bias.values()))
         experts = torch.stack([torch.cat(steps) for steps in self._experts.values()], 1)
         scores = torch.stack([torch.cat(steps) for steps in self._scores.values()], 1)
+        ahead = torch.stack([torch.cat(steps) for steps in self._ahead.values()], 1)
         return {
             "layers": np.array(list(self._bias), np.int32),
             "bias": bias.cpu().numpy(),
             "experts": experts.numpy().astype(np.min_scalar_type(bias.shape[1] - 1)),
             "scores": scores.numpy(),
+            "ahead": ahead.numpy(),
         }
 
 
@@ -171,13 +193,16 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("model", type=Path, help="checkpoint directory of nano")
     parser.add_argument("out", type=Path, help=".npz file to write")
     parser.add_argument("--tokens", type=int, default=TOKENS, help="at least, in whole conversations (%(default)s)")
+    parser.add_argument("--scored", type=int, default=SCORED_TOKENS, help="tokens with scores, at most (%(default)s)")
     options = parser.parse_args(arguments)
     if options.tokens < 1:
         parser.error("--tokens: expected at least 1")
+    if options.scored < 0:
+        parser.error("--scored: expected at least 0")
     if options.out.is_dir() or not options.out.parent.is_dir():  # the run takes minutes
         parser.error(f"{options.out}: expected a file in a directory that is there")
     try:
-        chosen, n_scored = documents(_vocabulary(options.model), options.tokens, SCORED_TOKENS)
+        chosen, n_scored = documents(_vocabulary(options.model), options.tokens, options.scored)
         made = record(options.model, chosen, n_scored, PoolConfig())
         write_record(options.out, made)
     except (OSError, ValueError) as error:

@@ -20,6 +20,7 @@ EXPERTS = [
     [[3, 4], [0, 3]],
     [[0, 1], [1, 2]], [[0, 1], [1, 2]], [[2, 5], [3, 5]], [[4, 5], [0, 5]], [[0, 3], [0, 4]],
 ]  # fmt: skip
+AHEAD = np.random.default_rng(2).random((5, 2, 2, 6)).astype(np.float16)
 RECORD = Record(
     model="cafe",
     layers=np.array([1, 3]),
@@ -31,6 +32,7 @@ RECORD = Record(
     kinds=np.array(["chat", "create", "merge 2"]),
     experts=np.array(EXPERTS, np.uint8),
     scores=np.random.default_rng(1).random((5, 2, 6)).astype(np.float16),
+    ahead=AHEAD,
 )
 
 
@@ -77,11 +79,21 @@ def test_to_the_disk_and_back(tmp_path: Path) -> None:
 
 
 def test_a_record_without_scores_or_turns(tmp_path: Path) -> None:
-    bare = replace(RECORD, scores=RECORD.scores[:0], turns=RECORD.turns[:0], kinds=RECORD.kinds[:0])
+    bare = replace(RECORD, scores=RECORD.scores[:0], ahead=AHEAD[:0], turns=RECORD.turns[:0], kinds=RECORD.kinds[:0])
     write_record(tmp_path / "a.npz", bare)
     back = read_record(tmp_path / "a.npz")
     assert back.scores.shape == (0, 2, 6)
     assert not back.decoded.any()
+
+
+def test_a_record_without_look_ahead_of_either_version(tmp_path: Path) -> None:
+    path = tmp_path / "a.npz"
+    write_record(path, replace(RECORD, ahead=None))
+    assert read_record(path).ahead is None
+    path.write_bytes(archive(lambda arrays: (arrays.pop("ahead"), arrays.update(version=np.array(1)))))
+    back = read_record(path)
+    assert back.ahead is None
+    assert np.array_equal(back.scores, RECORD.scores)
 
 
 def refusal(path: Path) -> str:
@@ -118,8 +130,11 @@ def changed(array: np.ndarray[Any, Any], index: Any, value: Any) -> np.ndarray[A
         ({"starts": np.array([0, 5, 5], np.uint64)}, "starts: expected 0 and then ascending numbers of tokens"),
         ({"starts": np.array([0, 5, 4], np.uint64)}, "starts: expected 0 and then ascending numbers of tokens"),
         ({"starts": np.array([0, 4, 10])}, "starts: expected 0 and then ascending numbers of tokens"),
-        ({"scores": RECORD.scores[:3]}, "scores: expected those of whole documents"),
-        ({"scores": RECORD.scores[..., :5]}, "scores: expected E to be 6 as elsewhere, found 5"),
+        ({"scores": RECORD.scores[:3], "ahead": None}, "scores: expected those of whole documents"),
+        ({"scores": RECORD.scores[..., :5], "ahead": None}, "scores: expected E to be 6 as elsewhere, found 5"),
+        ({"ahead": AHEAD[:4]}, "ahead: expected S to be 5 as elsewhere, found 4"),
+        ({"ahead": AHEAD[:, :, :1]}, "ahead: expected 2 to be 2 as elsewhere, found 1"),
+        ({"ahead": changed(AHEAD, (4, 1, 1, 5), np.nan)}, "ahead: expected finite numbers"),
         ({"layers": np.array([3, 3])}, "layers: expected numbers from 0, ascending"),
         ({"layers": np.array([-1, 3])}, "layers: expected numbers from 0, ascending"),
         ({"tokens": changed(RECORD.tokens.astype(np.int32), 4, -1)}, "tokens: expected ids from 0"),
@@ -135,10 +150,10 @@ def test_arrays_that_do_not_fit(tmp_path: Path, changes: dict[str, Any], said: s
     assert refusal(tmp_path / "a.npz").startswith(said)
 
 
-def archive(change: Callable[[dict[str, Any]], None]) -> bytes:
+def archive(change: Callable[[dict[str, Any]], object]) -> bytes:
     """A record's file with other members."""
     arrays: dict[str, Any] = {field.name: getattr(RECORD, field.name) for field in fields(Record)}
-    arrays |= {"format": np.array("hybrid routing record"), "version": np.array(1)}
+    arrays |= {"format": np.array("hybrid routing record"), "version": np.array(2)}
     change(arrays)
     file = io.BytesIO()
     np.savez(file, **arrays)
@@ -149,7 +164,7 @@ def test_other_members(tmp_path: Path) -> None:
     path = tmp_path / "a.npz"
     path.write_bytes(archive(lambda arrays: arrays.update(extra=np.zeros(3))))
     assert read_record(path).model == "cafe"
-    path.write_bytes(archive(lambda arrays: arrays.update(version=np.array(2))))
+    path.write_bytes(archive(lambda arrays: arrays.update(version=np.array(3))))
     assert refusal(path) == "not a routing record of this version; make one with python -m hybrid.nano.record"
     path.write_bytes(archive(lambda arrays: arrays.pop("format")))
     assert refusal(path) == "not a routing record of this version; make one with python -m hybrid.nano.record"

@@ -88,6 +88,22 @@ def test_scores_and_choices_by_numpy(made: Record, seen: tuple[Seen, Choices]) -
         assert np.array_equal(made.experts[clear, i], best[clear])
 
 
+def test_looks_ahead_by_numpy(made: Record, seen: tuple[Seen, Choices]) -> None:
+    published = load_file(next(MODEL.glob("*.safetensors")))
+    layers, n_scored = made.layers.tolist(), len(made.scores)
+    inputs = [np.concatenate([x.double().numpy() for at, x, _ in seen[0] if at == layer]) for layer in layers]
+    assert made.ahead is not None
+    for i, layer in enumerate(layers):
+        weight = published[f"language_model.model.layers.{layer}.mlp.gate.weight"].double().numpy()
+        for back in (1, 2):
+            found = made.ahead[:, i, back - 1]
+            if i < back:
+                assert not found.any()
+            else:
+                scores = 1 / (1 + np.exp(-inputs[i - back][:n_scored] @ weight.T))
+                assert np.allclose(found, scores, rtol=2**-11, atol=1e-5)
+
+
 def test_documents_lie_end_to_end(made: Record, chosen: tuple[list[Document], int]) -> None:
     drawn, n_scored = chosen
     at = 0
@@ -113,6 +129,8 @@ def test_a_document_does_not_depend_on_the_others(made: Record, chosen: tuple[li
     part = slice(made.starts[1], made.starts[2])
     assert np.array_equal(alone.experts, made.experts[part])
     assert np.array_equal(alone.scores, made.scores[part])
+    assert alone.ahead is not None and made.ahead is not None
+    assert np.array_equal(alone.ahead, made.ahead[part])
 
 
 def test_decoding_token_by_token_chooses_the_same(made: Record, chosen: tuple[list[Document], int]) -> None:
@@ -171,6 +189,18 @@ def test_one_document_of_each_family_is_scored_where_it_fits(vocabulary: Vocabul
     assert all(document.encoded.ids in everything for document in shorter)
 
 
+def test_more_are_scored_in_whole_rounds(vocabulary: Vocabulary) -> None:
+    drawn, n_scored = documents(vocabulary, 25_000, 12_000)
+    assert sum(document.n_tokens for document in drawn[:n_scored]) <= 12_000
+    families = [document.family for document in drawn[:n_scored]]
+    counts = [families.count(family) for family in FAMILIES]
+    in_all = [sum(document.family == family for document in drawn) for family in FAMILIES]
+    assert max(counts) > 1
+    assert all(count >= min(max(counts) - 1, n) for count, n in zip(counts, in_all, strict=True))
+    none, n_none = documents(vocabulary, 1_000, 0)
+    assert n_none == 0 and none
+
+
 def test_the_hash_is_of_config_and_weights(tmp_path: Path) -> None:
     files = {"config.json": b"{}", "b.safetensors": b"two", "a.safetensors": b"one", "tiktoken.model": b"no"}
     for name, content in files.items():
@@ -179,9 +209,10 @@ def test_the_hash_is_of_config_and_weights(tmp_path: Path) -> None:
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    main([str(MODEL), str(tmp_path / "r.npz"), "--tokens", "40"])
+    main([str(MODEL), str(tmp_path / "r.npz"), "--tokens", "40", "--scored", "0"])
     found = read_record(tmp_path / "r.npz")
     assert len(found.tokens) >= 40
+    assert len(found.scores) == 0
     assert found.model == model_hash(MODEL)
     assert capsys.readouterr().out.startswith(f"{len(found.tokens)} tokens of {len(found.starts)} conversations, ")
 
@@ -191,6 +222,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     [
         (["none", "r.npz"], "No such file or directory: 'none/tiktoken.model'"),
         ([str(MODEL), "r.npz", "--tokens", "0"], "--tokens: expected at least 1"),
+        ([str(MODEL), "r.npz", "--scored", "-1"], "--scored: expected at least 0"),
         ([str(MODEL), "none/r.npz"], "none/r.npz: expected a file in a directory that is there"),
         ([str(MODEL), "."], ".: expected a file in a directory that is there"),
     ],
