@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hybrid.config import ModelConfig
-from hybrid.routes import RecordError, read_record, shares_of
+from hybrid.routes import Record, RecordError, read_record, shares_of
 
 DOCUMENT = "hybrid routing"
 ARCHIVE = b"PK"  # how an .npz begins, and no JSON does
@@ -78,18 +78,23 @@ def read_routing(path: Path, model: ModelConfig) -> Routing:
     return Routing(shares, tokens)
 
 
-def _of_tokens(path: Path, model: ModelConfig) -> tuple[Shares, int]:
-    """Counts (L, E) and number of tokens of an .npz."""
-    try:
-        record = read_record(path)
-    except RecordError as error:
-        raise RoutingError(str(error)) from None
+def check_record(path: Path, record: Record, model: ModelConfig) -> None:
+    """Raises RoutingError for a record that cannot be of this model."""
     found = (record.layers.tolist(), record.n_experts, record.experts.shape[2])
     wanted = (list(model.moe_layers), model.n_routed_experts, model.num_experts_per_tok)
     if found != wanted:
         raise RoutingError(
             f"{path}: recorded with {_shape(*found)}; this model has {_shape(*wanted)}: another model's?"
         )
+
+
+def _of_tokens(path: Path, model: ModelConfig) -> tuple[Shares, int]:
+    """Counts (L, E) and number of tokens of an .npz."""
+    try:
+        record = read_record(path)
+    except RecordError as error:
+        raise RoutingError(str(error)) from None
+    check_record(path, record, model)
     return record.counts().astype(np.float64), len(record.tokens)
 
 

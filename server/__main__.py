@@ -38,6 +38,7 @@ def main(argv: list[str] | None = None) -> int:
         "tune": _planning,
         "doctor": _planning,
         "simulate": _planning,
+        "replay": _planning,
     }
     try:
         return commands[given.command](given, os.environ)

@@ -1,4 +1,4 @@
-"""The commands that decide before serving: measure, plan, tune, doctor, simulate.
+"""The commands that decide before serving: measure, plan, tune, doctor, simulate, replay.
 
 Joins placement's parts, prints what they say and turns their complaints into exit statuses. What needs torch or numba
 is imported inside the command that needs it, so that `hybrid plan` answers in a second. Called by `__main__.py`.
@@ -19,8 +19,10 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from hybrid.config import ModelConfig
 from hybrid.config_json import read_object
+from hybrid.routes import read_record
 from offload.config import PoolConfig
-from placement import planner, report
+from offload.correction import write_correction
+from placement import planner, replay, replay_report, report
 from placement.cost import resolve
 from placement.document import DocumentError, to_plain
 from placement.hardware import fingerprint
@@ -29,7 +31,8 @@ from placement.ledger import Wishes
 from placement.plan import Goal, GoalKind, Plan, check_fresh, check_slots, read_plan, write_plan
 from placement.probe import find_hardware, machine_name
 from placement.profile import Profile, read_profile, write_profile
-from placement.routing import Routing, read_routing, uniform
+from placement.recall import Rehearsal
+from placement.routing import Routing, check_record, read_routing, uniform
 from server import ablation, simulate, timeline, workload
 from server.options import SettingsError
 from server.planned import default_profile
@@ -50,6 +53,7 @@ def run(given: argparse.Namespace, environ: Environ) -> int:
     """Carry out one of the commands; returns its exit status."""
     commands: dict[str, Callable[[argparse.Namespace, Environ], int]] = {
         "measure": _measure, "plan": _plan, "tune": _tune, "doctor": _doctor, "simulate": _simulate,
+        "replay": _replay,
     }  # fmt: skip
     # As in the engine's process, whose steps these commands time: torch's waiting threads must not spin on the cores
     # of the expert workers.
@@ -213,6 +217,26 @@ def _simulate(given: argparse.Namespace, environ: Environ) -> int:
     _print(simulate.to_json(done) if given.json else simulate.text(done))
     if given.plot:
         timeline.plot(done, given.plot)
+    return 0
+
+
+def _replay(given: argparse.Namespace, environ: Environ) -> int:
+    record = read_record(given.record)
+    expert = None
+    if given.model:
+        model = _model(given.model)
+        check_record(given.record, record, model)
+        expert = model.expert_geometry.expert_bytes(model.expert_format)
+    if given.correction and record.ahead is None:
+        raise SettingsError(f"--correction: {given.record} has no looks ahead to learn from (docs/ROUTING.md)")
+    with _bar() as show:
+        rehearsal = Rehearsal(record, show)
+        cells = replay.replay(record, given.batch, given.residency, show)
+    done = replay_report.Replay(record, rehearsal.foresight(), cells, expert)
+    _print(replay_report.to_json(done) if given.json else replay_report.text(done))
+    if given.correction:
+        write_correction(given.correction, rehearsal.correction())
+        _tell(f"written: {given.correction}")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""The flags of the commands that decide before serving: measure, plan, tune, doctor, simulate.
+"""The flags of the commands that decide before serving: measure, plan, tune, doctor, simulate, replay.
 
 Only declares them; `planning.py` carries the commands out. Called by `args.py`.
 """
@@ -25,12 +25,13 @@ LENGTHS = (
 
 
 def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Add the five parsers."""
+    """Add the six parsers."""
     _add_measure(commands)
     _add_plan(commands)
     _add_tune(commands)
     _add_doctor(commands)
     _add_simulate(commands)
+    _add_replay(commands)
 
 
 def goal(text: str) -> tuple[str, int | None]:
@@ -154,6 +155,45 @@ def _add_simulate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
     simulate.add_argument("--seed", type=int, default=0, metavar="N", help="of the random lengths (default: 0)")
     simulate.add_argument("--plot", type=Path, metavar="FILE.svg", help="draw a timeline (needs matplotlib)")
     simulate.add_argument("--json", action="store_true", help="print the report as JSON")
+
+
+def _add_replay(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    replay = commands.add_parser(
+        "replay",
+        help="prefetch and cache policies over a routing record",
+        description="Replay a routing record (docs/ROUTING.md): how well each predictor foresees the experts of a "
+        "token, and what each policy would have held in VRAM slots, beside Belady's bound.",
+    )
+    replay.add_argument("record", type=Path, metavar="RECORD", help=".npz with every token's experts")
+    replay.add_argument("--model", type=Path, metavar="DIR", help="its checkpoint or config.json, to count in bytes")
+    replay.add_argument(
+        "--batch", type=_counts, default=(1, 8), metavar="N,…", help="conversations decoded at once (default: 1,8)"
+    )
+    replay.add_argument(
+        "--residency",
+        type=_percents,
+        default=(0.05, 0.15, 0.3),
+        metavar="P,…",
+        help="percent of a layer's experts in VRAM slots (default: 5,15,30)",
+    )
+    replay.add_argument(
+        "--correction",
+        type=Path,
+        metavar="FILE",
+        help="also write what corrects the look-ahead, learned from the record",
+    )
+    replay.add_argument("--json", action="store_true", help="print the figures as JSON")
+
+
+def _counts(text: str) -> tuple[int, ...]:
+    return tuple(positive(part) for part in text.split(","))
+
+
+def _percents(text: str) -> tuple[float, ...]:
+    found = _counts(text)
+    if max(found) > 100:
+        raise argparse.ArgumentTypeError(f"expected percents from 1 to 100, found {text!r}")
+    return tuple(percent / 100 for percent in found)
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:

@@ -22,7 +22,21 @@ TORCH_FREE = {
         for name in ("batch", "pages", "config", "config_json", "random_checkpoint", "routes")
     ),
     REPO / "hybrid" / "nano" / "load.py",
-    *(REPO / "offload" / f"{name}.py" for name in ("config", "formats", "checkpoint", "kt_worker", "ram", "topology")),
+    *(
+        REPO / "offload" / f"{name}.py"
+        for name in (
+            "config",
+            "formats",
+            "checkpoint",
+            "correction",
+            "kt_worker",
+            "predict",
+            "ram",
+            "slots",
+            "token_table",
+            "topology",
+        )
+    ),
     # All but what runs real kernels and steps: `hybrid plan` answers in a second.
     *(path for path in SOURCES if path.parts[-2] == "placement" and path.stem not in REAL),
 }
@@ -33,7 +47,7 @@ TERMINAL = {  # may print
 SPEAKING_INIT = REPO / "offload" / "kernels" / "__init__.py"  # names numba's cache directory: the one that does things
 HEAVY = ("torch", "numba", "llvmlite", "transformers")
 
-MOST_FILE, MOST_TEST_FILE, MOST_FUNCTION, MOST_TOTAL = 400, 600, 60, 25_500  # lines
+MOST_FILE, MOST_TEST_FILE, MOST_FUNCTION, MOST_TOTAL = 400, 600, 60, 28_000  # lines
 
 # Imports modules by name in one fresh interpreter. Before each one everything of ours is forgotten, so that each must
 # import on its own.
