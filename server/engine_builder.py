@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hybrid.config import EngineConfig, ModelConfig
+from hybrid.routes import write_record
 from offload.checkpoint import Checkpoint
 from offload.config import PoolConfig
 from offload.sources import packed_path
@@ -35,6 +36,7 @@ from server.settings import ServerSettings
 
 if TYPE_CHECKING:
     from hybrid.engine import Engine
+    from hybrid.served_record import ServedRecord
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +61,7 @@ def build_engine(settings: ServerSettings, progress: OnProgress, notice: OnNotic
     with ThreadPoolExecutor(1) as beside:  # nvidia-smi takes a second, and so does torch
         asked = beside.submit(find_hardware, settings.model)
         from hybrid.engine import Engine
+        from hybrid.served_record import ServedRecord
 
         hardware = asked.result()
     progress("placing the model", 0, 0)
@@ -66,7 +69,9 @@ def build_engine(settings: ServerSettings, progress: OnProgress, notice: OnNotic
     rates = load_rates(settings, _default_profile(), hardware)
     facts, settings, plan = _settle(settings, model, hardware, rates)
     notice(report.table(plan))
-    engine = Engine(_engine_config(settings, plan), progress=progress, notice=notice)
+    tokens = ServedRecord(settings.model, logger.warning) if _records_tokens(settings) else None
+    watch = tokens.watch if tokens else None
+    engine = Engine(_engine_config(settings, plan), progress=progress, notice=notice, watch=watch)
     plan = _as_loaded(plan, engine)
     predict, words = _predictor(model, rates, plan)
     notice(f"steps are predicted with the profile {words}, {LAW}" if predict else f"no predictions: {words}")
@@ -78,7 +83,7 @@ def build_engine(settings: ServerSettings, progress: OnProgress, notice: OnNotic
         max_running=chosen.max_running,
     )
     return Built(
-        step=engine.step,
+        step=tokens.recording(engine.step) if tokens else engine.step,
         close=engine.close,
         scheduler=sizes,
         max_model_len=min(chosen.max_model_len, sizes.capacity),
@@ -86,7 +91,7 @@ def build_engine(settings: ServerSettings, progress: OnProgress, notice: OnNotic
         plan=plan,
         profile=words,
         predict=predict,
-        record=_recorder(settings, engine),
+        record=_token_recorder(settings, tokens) if tokens else _recorder(settings, engine),
     )
 
 
@@ -183,13 +188,13 @@ def _default_profile() -> Path | None:
         return None
 
 
-def _recorder(settings: ServerSettings, engine: "Engine") -> Callable[[], None]:
+def _recorder(settings: ServerSettings, engine: "Engine") -> Callable[[bool], None]:
     """Writes the routing record, if one was asked for. An empty one is not written: an older one may lie there."""
     path = settings.record_routing
     if path is None:
         return nothing
 
-    def write() -> None:
+    def write(last: bool) -> None:
         choices = engine.choices()
         if not choices.tokens:
             return
@@ -197,6 +202,31 @@ def _recorder(settings: ServerSettings, engine: "Engine") -> Callable[[], None]:
             write_routing(path, *choices)
         except OSError as error:  # the disk is full, the directory is gone: no reason to stop serving
             logger.warning("--record-routing %s: cannot be written: %s", path, error.strerror)
+
+    return write
+
+
+def _records_tokens(settings: ServerSettings) -> bool:
+    return settings.record_routing is not None and settings.record_routing.suffix == ".npz"
+
+
+def _token_recorder(settings: ServerSettings, tokens: "ServedRecord") -> Callable[[bool], None]:
+    """Writes the record of single tokens at the end, and before that whenever it has doubled: a long one takes
+    seconds, in which no step runs."""
+    path, written = settings.record_routing, 0
+    assert path is not None, "asked for"
+
+    def write(last: bool) -> None:
+        nonlocal written
+        if tokens.n_tokens == written or (tokens.n_tokens < 2 * written and not last):
+            return
+        record = tokens.record()
+        assert record is not None, "it has tokens"
+        try:
+            write_record(path, record)
+        except OSError as error:
+            logger.warning("--record-routing %s: cannot be written: %s", path, error.strerror)
+        written = tokens.n_tokens
 
     return write
 

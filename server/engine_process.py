@@ -50,7 +50,7 @@ TALLY_SECONDS = 1.0  # least time between two messages of predicted against achi
 RECORD_SECONDS = 60.0  # least time between two writings of the routing record
 
 
-def nothing() -> None:
+def nothing(last: bool) -> None:
     """There is no record to write."""
 
 
@@ -66,7 +66,7 @@ class Built:
     plan: Plan | None = None  # in force
     profile: str = "none"  # name of the rates behind the predictions, or why there are none
     predict: Predict | None = None
-    record: Callable[[], None] = nothing  # writes the routing record
+    record: Callable[[bool], None] = nothing  # writes the routing record; True: for the last time
 
 
 def main(fd: int) -> None:
@@ -95,15 +95,15 @@ def _load_and_run(connection: Connection, settings: ServerSettings, build_path: 
         connection.send(Failed(_one_line(error)))
         return 1
     finally:
-        _record(built)
+        _record(built, last=True)
     built.close()
     return 0
 
 
-def _record(built: Built) -> None:
+def _record(built: Built, last: bool = False) -> None:
     """Write the routing record. What goes wrong is logged: no record is worth an engine, or its orderly end."""
     try:
-        built.record()
+        built.record(last)
     except Exception:
         logger.exception("the routing record could not be written")
 

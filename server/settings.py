@@ -51,7 +51,8 @@ class ServerSettings:
         default=None,
         metadata={
             "file": True,
-            "help": "file to write how often each expert was chosen, every minute, when idle, and at the end",
+            "help": "file to write how often each expert was chosen, every minute, when idle, and at the end; a name "
+            "in .npz: every token's experts (docs/ROUTING.md)",
         },
     )
 

@@ -130,7 +130,7 @@ def build_recording(settings: ServerSettings, progress: OnProgress, notice: OnNo
     """Like `build_fragile`; its record is a file in the model's directory that grows by a line with each writing."""
     built = build_fragile(settings, progress, notice)
 
-    def record() -> None:
+    def record(last: bool) -> None:
         with (settings.model / "record").open("a") as file:
             file.write("written\n")
 

@@ -349,7 +349,7 @@ class Run:
             self.inbox.put(Cancel(1))
         return self._fake(batch)
 
-    def record(self) -> None:
+    def record(self, last: bool) -> None:
         self.records.append(self.n_steps)
 
     @property

@@ -16,6 +16,7 @@ import pytest
 
 from hybrid.config import ModelConfig
 from hybrid.engine import Engine
+from hybrid.routes import read_record
 from offload.topology import find_topology
 from placement.hardware import Hardware
 from placement.plan import Plan, write_plan
@@ -102,6 +103,22 @@ def test_a_plan_and_a_profile_in_force(tmp_path: Path, model_dir: Path, model: M
     routing = read_routing(record, model)
     assert routing.tokens == 100 + 19
     assert routing.shares.sum(axis=1) == pytest.approx([model.num_experts_per_tok] * len(model.moe_layers))
+
+
+def test_a_record_of_single_tokens(tmp_path: Path, model_dir: Path, model: ModelConfig) -> None:
+    record = tmp_path / "routing.npz"
+    with serving(
+        model_dir, tmp_path, "--device", "cpu", "--kv-memory", "8MB", "--record-routing", str(record)
+    ) as server:
+        with server.client() as client:
+            for prompt in ([65] * 70, [66, 67]):
+                client.completions.create(model=server.name, prompt=prompt, max_tokens=9, logit_bias=NO_STOP)
+    found = read_record(record)
+    assert found.layers.tolist() == list(model.moe_layers)
+    assert found.lengths.tolist() == [70 + 8, 2 + 8]
+    assert found.tokens[:70].tolist() == [65] * 70
+    assert found.turns.tolist() == [[70, 78], [80, 88]]
+    assert read_routing(record, model).tokens == 88
 
 
 def test_a_server_plans_for_itself(tmp_path: Path, model_dir: Path, model: ModelConfig, hardware: Hardware) -> None:
