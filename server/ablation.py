@@ -12,7 +12,8 @@ from hybrid.batch import Batch
 from placement.cost import StepCost
 from server.policy import FIRST_COME
 from server.scheduler import SchedulerConfig
-from server.simulate import Report, percentiles, simulate, to_json
+from server.simulate import Report, simulate
+from server.simulate_report import percentiles, to_json
 from server.timeline import ANSWERING, READING, drawn
 from server.workload import Workload
 

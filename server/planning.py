@@ -33,7 +33,7 @@ from placement.probe import find_hardware, machine_name
 from placement.profile import Profile, read_profile, write_profile
 from placement.recall import Rehearsal
 from placement.routing import Routing, check_record, read_routing, uniform
-from server import ablation, simulate, timeline, workload
+from server import ablation, simulate, simulate_report, timeline, workload
 from server.options import SettingsError
 from server.planned import default_profile
 from server.planning_args import LENGTHS
@@ -214,7 +214,7 @@ def _simulate(given: argparse.Namespace, environ: Environ) -> int:
         return 0
     with _bar() as show:
         done = simulate.simulate(work, config, clock, settings.max_model_len, show)
-    _print(simulate.to_json(done) if given.json else simulate.text(done))
+    _print(simulate_report.to_json(done) if given.json else simulate_report.text(done))
     if given.plot:
         timeline.plot(done, given.plot)
     return 0
