@@ -1,5 +1,6 @@
 """The network that trains against the engine that serves, and against plain autograd."""
 
+import itertools
 import json
 import random
 from dataclasses import replace
@@ -152,16 +153,25 @@ def test_a_window_teaches_nothing_that_is_out_of_sight() -> None:
     vocabulary = read_vocabulary(MODEL)
     whole = encode(mixture.numbered(60, 60)(random.Random(3), False), vocabulary)
     rng = random.Random(1)
-    seen_ends, lengths = 0, set()
+    seen_ends, seen_starts, lengths = 0, 0, set()
     for _ in range(50):
         cut = windowed(rng, whole)
         assert len(cut.ids) < len(whole.ids) / 2
         kept = dict(zip(cut.positions, cut.ids, strict=True))
         assert all(whole.ids[position] == token for position, token in kept.items())
-        gap = next(i for i, (a, b) in enumerate(zip(cut.positions, cut.positions[1:], strict=False)) if b > a + 1)
-        assert cut.weights[gap + 1] == 0  # nobody can know which call comes after the gap
-        assert sum(weight > 0 for weight in cut.weights[gap:]) > 20
+        gaps = [i for i, (a, b) in enumerate(itertools.pairwise(cut.positions)) if b > a + 1]
+        assert all(cut.weights[gap + 1] == 0 for gap in gaps)  # nobody can know which call comes after it
+        assert sum(weight > 0 for weight in cut.weights[sum(gaps) :]) > 20
+        seen_starts += not gaps
         lengths.add(cut.ids.count(SPECIAL["<|tool_call_begin|>"]))
         seen_ends += cut.positions[-1] == len(whole.ids) - 1
-    assert 0 < seen_ends < 25
+    assert 0 < seen_starts < 25
+    assert 0 < seen_ends < 35
     assert len(lengths) > 8  # or the length would tell where the list ends
+
+
+def test_a_list_whose_results_are_merged_stays_whole() -> None:
+    vocabulary = read_vocabulary(MODEL)
+    whole = encode(mixture.numbered(30, 30)(random.Random(3), True), vocabulary)
+    assert any(score.startswith("merge") for _, _, score in whole.turns)
+    assert windowed(random.Random(1), whole) is whole
