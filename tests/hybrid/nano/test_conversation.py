@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from hybrid.nano import mixture, words
-from hybrid.nano.conversation import Conversation, Encoded, encode
+from hybrid.nano.conversation import Conversation, Encoded, call_of, encode
 from hybrid.nano.vocabulary import SPECIAL, VOCAB_SIZE, Vocabulary, build_vocabulary, read_vocabulary
 from server.chat import Chat, Message, ToolCall
 from server.template import Template, load_template
@@ -79,14 +79,21 @@ def test_turns_are_taught_behind_the_prompts_the_server_renders(
     assert sum(weight > 0 for weight in encoded.weights) == sum(stop - start for start, stop, _ in encoded.turns)
 
 
-def test_copied_items_weigh_double(vocabulary: Vocabulary) -> None:
+def test_decisions_weigh_more(vocabulary: Vocabulary) -> None:
+    """A copied item and where it ends, a call's name, another line or call or none."""
     conversation = Conversation(False, copied=["Bravo"])
     conversation.user("Repeat: Bravo")
-    conversation.assistant("copy", "Oh, Bravo!")
+    conversation.assistant("copy", "Oh, Bravo!\nBye", calls=[call_of(0, "search")])
     encoded = encode(conversation, vocabulary)
     (start, stop, _), *_ = encoded.turns
-    heavy = [i for i in range(start, stop) if encoded.weights[i] == 2.0]
-    assert b"".join(vocabulary.tokens[encoded.ids[i]] for i in heavy) == b"Bravo"
+    by_weight: dict[float, str] = {}
+    specials = {token: name for name, token in SPECIAL.items()}
+    for i in range(start, stop):
+        text = specials.get(encoded.ids[i]) or vocabulary.tokens[encoded.ids[i]].decode()
+        by_weight[encoded.weights[i]] = by_weight.get(encoded.weights[i], "") + text
+    ends = "<|tool_call_begin|>", "<|tool_calls_section_end|>", "<|im_end|>"
+    assert by_weight[2.0] == "Bravo!functions.search:0"
+    assert by_weight[4.0] == "".join(("\n", *ends))
 
 
 def test_a_window_keeps_positions_and_moves_turns() -> None:
