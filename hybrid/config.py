@@ -240,6 +240,8 @@ class EngineConfig:
 
     `mla` "auto" takes the cheaper of the two attention paths for each row; the others force one, for tests.
     `experts` is who runs the routed experts: our kernels, kt-kernel, or the faster of the two after a trial.
+    `expert_ram` bytes are for experts that a packed file holds; None takes what is free when they are opened, less the
+    cache and HOST_RESERVE.
     """
 
     model: Path
@@ -251,6 +253,7 @@ class EngineConfig:
     page_size: int = 16
     mla: Literal["auto", "naive", "absorbed"] = "auto"
     experts: Literal["numba", "kt", "auto"] = "numba"
+    expert_ram: int | None = None
 
 
 def is_router(name: str) -> bool:

@@ -27,10 +27,13 @@ from offload.experts import Choices, Experts
 from offload.isa import choose as choose_isa
 from offload.kt import INSTALL, KtExperts, Published
 from offload.pool import PoolError
+from offload.ram import ram
 from offload.store import open_store
 from offload.topology import Topology, find_topology
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+HOST_RESERVE = 512 * 2**20  # for what a step allocates, where nobody has reckoned it
 
 Notice = Callable[[str], None]
 Sampled = tuple[int, TokenLogprob | None]
@@ -143,11 +146,20 @@ class Engine:
             config.expert_format,
             progress,
             nodes=topology.nodes,
+            budget=self._expert_ram(),
         )
         for line in store.notices:
             notice(line)
         progress("compiling expert kernels, or loading them from the cache", 0, 0)
         return Experts(store, config.pool, topology)
+
+    def _expert_ram(self) -> int:
+        """Bytes of RAM for the experts of a packed file."""
+        config = self._config
+        if config.expert_ram is not None:
+            return config.expert_ram
+        cache = config.n_pages * config.page_size * self.model.kv_bytes_per_token(DTYPES[config.dtype].itemsize)
+        return ram()[1] - HOST_RESERVE - (cache if config.device == "cpu" else 0)
 
     def _answer(self, rows: Sequence[Row], hidden: torch.Tensor) -> tuple[RowOutput, ...]:
         starts = row_starts(rows)

@@ -31,8 +31,8 @@ class RoutedExperts(Protocol):
     def submit(self, layer: int, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> Pending:
         """Start x (T, D) through experts `ids` (T, K) with `weights` (T, K) float32."""
 
-    def hint(self, layer: int, ids: torch.Tensor) -> None:
-        """Tell which experts (T, K') `layer` will probably need."""
+    def hint(self, layer: int, scores: torch.Tensor) -> None:
+        """Tell how well the experts of `layer` will probably fit the tokens: (T, E), -inf for those ruled out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,10 +46,7 @@ class Router:
     def __call__(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """ids (T, K) int64 and weights (T, K) float32 for x (T, D)."""
         scores = self.scores(x)
-        choice = scores if self.bias is None else scores + self.bias
-        if self.config.topk_method != "greedy" and self.config.n_group > 1:
-            choice = self._within_groups(choice)
-        ids = choice.topk(self.config.num_experts_per_tok, -1, sorted=False).indices  # (T, K)
+        ids = self.choice(scores).topk(self.config.num_experts_per_tok, -1, sorted=False).indices  # (T, K)
         weights = scores.gather(-1, ids)  # (T, K)
         if self.config.norm_topk_prob:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
@@ -59,6 +56,13 @@ class Router:
         """(T, E) float32: how well each expert fits, before the bias."""
         logits = linear(x.float(), self.weight)  # (T, E)
         return logits.sigmoid() if self.config.scoring_func == "sigmoid" else logits.softmax(-1)
+
+    def choice(self, scores: torch.Tensor) -> torch.Tensor:
+        """(T, E): what a token's experts are the best by; -inf in groups that are closed to it."""
+        choice = scores if self.bias is None else scores + self.bias
+        if self.config.topk_method != "greedy" and self.config.n_group > 1:
+            choice = self._within_groups(choice)
+        return choice
 
     def _within_groups(self, choice: torch.Tensor) -> torch.Tensor:
         """-inf outside the best `topk_group` groups; noaux_tc ranks a group by its best two experts, V2 by its best."""
@@ -92,7 +96,7 @@ class Moe:
             self.watch(self, x, ids)
         if self.following is not None and self.experts.wants_hints:
             layer, router = self.following
-            self.experts.hint(layer, router(x)[0])  # this layer's input seen through the next layer's router
+            self.experts.hint(layer, router.choice(router.scores(x)))  # this layer's input, the next layer's router
         shared = self.shared(x)
         return pending.wait() + shared
 

@@ -22,8 +22,8 @@ from offload.kernels import amx, grouping
 from offload.kernels.grouping import MASKED, UNKNOWN_EXPERT, begin
 from offload.kernels.layer import ACTIVE_COLUMNS, JOB, SCRATCH_BYTES
 from offload.kernels.table import ManyTokens, kernels
+from offload.paging import PagingStats
 from offload.pool import PoolError, WorkerPool
-from offload.prefetch import read_ahead
 from offload.store import ExpertStore
 from offload.topology import Topology
 
@@ -38,15 +38,6 @@ class ExpertStats:
     distinct_experts: int = 0  # summed over the layers run
     bytes_read: int = 0  # of those experts
     seconds: float = 0.0  # from submit until wait has the result
-    hinted_experts: int = 0  # distinct experts named by hints that were followed by a submit
-    wanted_experts: int = 0  # distinct experts that those layers then ran
-    found_experts: int = 0  # of these, named by the hint
-    bytes_prefetched: int = 0  # asked from the disk because of hints
-
-    @property
-    def hint_recall(self) -> float | None:
-        """Share of the experts run that the hint had named; None before the first hint."""
-        return self.found_experts / self.wanted_experts if self.wanted_experts else None
 
 
 class Choices(NamedTuple):
@@ -110,8 +101,10 @@ class Experts:
         self._addresses = np.ascontiguousarray(store.addresses)
         self._expert_bytes = store.geometry.expert_bytes(store.format)
         self._stats = ExpertStats()
-        self._hints: dict[int, frozenset[int]] = {}
+        self._pager = store.pager
+        self._k = 0  # experts of a token, as last submitted
         self._pending: Pending | None = None
+        self._late: object = None  # what a job reads that begins only when its experts have come
         self._active, self._tokens, self._weights = Buffer(), Buffer(), Buffer()
         self._x_records, self._h_records, self._scratch = Buffer(), Buffer(), Buffer()
         self._x_rows, self._h_rows, self._panels = Buffer(), Buffer(), Buffer()  # for experts with many tokens
@@ -135,7 +128,7 @@ class Experts:
     @property
     def wants_hints(self) -> bool:
         """True where a hint can do something: the experts are larger than RAM, so some are on the disk."""
-        return not self._store.resident
+        return self._pager is not None
 
     def submit(self, layer: int, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> Pending:
         """Start y = sum_k weights_k * down(silu(gate x) * up x) for every row of x (T, D).
@@ -154,25 +147,33 @@ class Experts:
         if not self._pool.broken:  # a stuck worker may still read the job before this one
             self._begin(index, values, chosen, shares, result)
         pending = Pending(self, result, x)
-        self._pool.submit(self._kernels.layer, self._job_address, alive=(self, values, result))
+        alive = self, values, result
+        if self._pager is None or self._pool.broken or self._pager.start(index, self._running()):
+            self._pool.submit(self._kernels.layer, self._job_address, alive)
+        else:
+            self._late = alive  # the disk is at work: `wait` goes on from here
         self._pending = pending
-        self._count(layer, ids.shape)
+        self._count(ids.shape)
         return pending
 
-    def hint(self, layer: int, ids: torch.Tensor) -> None:
-        """Say which experts (T, K') the layer's next submit will probably want.
+    def hint(self, layer: int, scores: torch.Tensor) -> None:
+        """Say how well the layer's experts will probably fit the tokens: (T, E), -inf for those that are ruled out.
 
-        Starts reading them where the store is larger than RAM and they are not in memory. Its hits show in `stats`.
+        Where the experts are larger than RAM, those that lack are read before the layer's next submit.
         """
-        index, named = self._find(layer), ids.reshape(-1).cpu()
-        self._check_ids(named)
-        experts = self._hints[layer] = frozenset(named.tolist()) - {MASKED}
-        if not self._store.resident:
-            self._stats.bytes_prefetched += read_ahead(self._ranges(index, experts))
+        index, n_experts = self._find(layer), self._store.geometry.n_experts
+        if scores.ndim != 2 or scores.shape[1] != n_experts:
+            raise ValueError(f"scores: expected (tokens, {n_experts}), got {tuple(scores.shape)}")
+        if self._pager is not None and self._k:
+            self._pager.expect(index, scores, self._k)
 
     def stats(self) -> ExpertStats:
         """The counters as they are now."""
         return replace(self._stats)
+
+    def paging(self) -> PagingStats | None:
+        """How experts come from the disk; None where all are in memory."""
+        return None if self._pager is None else self._pager.stats()
 
     def choices(self) -> Choices:
         """How often each expert was chosen since the start."""
@@ -318,35 +319,43 @@ class Experts:
     def _finish(self, pending: Pending, started: float) -> None:
         if self._pending is not pending:
             raise RuntimeError("this layer was waited for already")
+        alive, self._late = self._late, None
         try:
-            self._pool.wait()
+            if alive is None:
+                self._pool.wait()
+            else:
+                self._run_parts(alive)
         except PoolError:
             self._pending = None
             raise
+        finally:
+            if self._pager is not None and not self._pool.broken and not self._pool.busy:
+                self._pager.finish()
         self._pending = None
         self._stats.seconds += time.perf_counter() - started
 
-    def _count(self, layer: int, shape: torch.Size) -> None:
+    def _run_parts(self, alive: object) -> None:
+        """The job, some experts after others as they come from the disk: added up in the same order as at once."""
+        assert self._pager is not None
+        job, first_active = self._job, int(self._job["active"])
+        try:
+            for first, stop in self._pager.parts():
+                job["active"] = first_active + first * ACTIVE_COLUMNS * 8
+                job["n_active"], job["keep"] = stop - first, first
+                self._pool.submit(self._kernels.layer, self._job_address, alive)
+                self._pool.wait()
+        finally:
+            job["active"], job["keep"] = first_active, 0
+
+    def _running(self) -> npt.NDArray[np.int64]:
+        """The experts of the job, ascending."""
+        return self._active.array(np.int64, self._n_active * ACTIVE_COLUMNS)[::ACTIVE_COLUMNS]
+
+    def _count(self, shape: torch.Size) -> None:
         stats = self._stats
         stats.layers_run += 1
         stats.tokens += shape[0]
         stats.assignments += shape.numel()
         stats.distinct_experts += self._n_active
         stats.bytes_read += self._n_active * self._expert_bytes
-        hinted = self._hints.pop(layer, None)
-        if hinted is not None:
-            ran = self._active.array(np.int64, self._n_active * ACTIVE_COLUMNS)[::ACTIVE_COLUMNS]
-            stats.hinted_experts += len(hinted)
-            stats.wanted_experts += self._n_active
-            stats.found_experts += len(hinted.intersection(ran.tolist()))
-
-    def _ranges(self, index: int, experts: frozenset[int]) -> list[tuple[int, int]]:
-        """Addresses and sizes of the experts' weights: a node's units of one matrix after another."""
-        fmt, geometry, n_nodes = self._store.format, self._store.geometry, self._store.n_nodes
-        sizes = [
-            len(geometry.units_of(matrix, node, n_nodes)) * geometry.unit_bytes(matrix, fmt)
-            for node in range(n_nodes)
-            for matrix in MATRICES
-        ]
-        places = [self._addresses[index, expert].reshape(-1).tolist() for expert in sorted(experts)]
-        return [(at, size) for of_expert in places for at, size in zip(of_expert, sizes, strict=True) if size]
+        self._k = shape[1]

@@ -156,7 +156,7 @@ class KtExperts:
         )
         return pending
 
-    def hint(self, layer: int, ids: torch.Tensor) -> None:
+    def hint(self, layer: int, scores: torch.Tensor) -> None:
         """Nothing to do: everything is in memory."""
         self._find(layer)
 

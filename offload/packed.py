@@ -33,7 +33,6 @@ from offload.config import ExpertFormat, ExpertGeometry, Progress
 from offload.kernels.pack import aligned
 from offload.numa import HUGE_PAGE, address_of
 from offload.pipeline import ask_disk, pipeline
-from offload.ram import ram
 from offload.reading import ExpertReader
 from offload.requantise import Squares, error_notice
 from offload.sources import Source, packed_path
@@ -160,21 +159,12 @@ def error_notices(directory: Path, contents: Contents) -> list[str]:
     return [error_notice(squares, contents.layers, contents.published, contents.format)]
 
 
-def open_mapped(directory: Path, contents: Contents, progress: Progress, notices: list[str]) -> tuple[memoryview, bool]:
-    """The experts' bytes in a usable file, mapped, and whether they are all in memory."""
-    path = packed_path(directory, contents.format)
-    notices += error_notices(directory, contents)
-    with path.open("rb") as file:
+def open_mapped(directory: Path, contents: Contents, progress: Progress) -> memoryview:
+    """The experts' bytes in a usable file, mapped and in memory."""
+    with packed_path(directory, contents.format).open("rb") as file:
         mapped = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))[DATA_AT:]
-        available = ram()[1]
-        if contents.n_bytes > available:
-            notices.append(
-                f"experts take {contents.n_bytes / 1e9:.1f} GB and {available / 1e9:.1f} GB of RAM are free: "
-                "they are not read ahead and come from the disk when first used"
-            )
-            return mapped, False
         _read_ahead(mapped, file.fileno(), progress)
-    return mapped, True
+    return mapped
 
 
 def _read_ahead(mapped: memoryview, file: int, progress: Progress) -> None:

@@ -1,38 +1,70 @@
-"""Ask the system to read mapped experts from the disk before a layer needs them.
+"""What the router's look-ahead says should be read ahead, how good it was, and whether reading ahead pays.
 
-Works on address ranges only. Called by experts.py for hinted experts of a mapped store. Where every page is in
-memory already it costs one system call for each range and changes nothing.
+It pays where the engine waits less for the disk with it than without it. That is measured, not reckoned: now and then
+one window of steps runs the other way, and the way with less waiting for each expert run is kept. A wrong guess costs
+disk time that a missing expert may have needed, and a slot. Knows scores and seconds, no disk. Called by paging.py.
 """
 
-import ctypes
-import mmap
-from collections.abc import Iterable
+import statistics
+from dataclasses import dataclass
 
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p]
-_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+import numpy as np
+import numpy.typing as npt
+import torch
 
-
-def page_start(address: int) -> int:
-    return address - address % mmap.PAGESIZE
-
-
-def in_memory(address: int) -> bool:
-    """Whether the page at `address` is in the page cache. Linux says yes to all for files of another owner."""
-    answer = ctypes.create_string_buffer(1)
-    return _libc.mincore(page_start(address), mmap.PAGESIZE, answer) == 0 and bool(answer.raw[0] & 1)
+WINDOW = 16  # steps that are judged together
+KEPT = 8  # windows between two trials of the other way
+BETTER = 0.95  # the other way must wait for so much of the time, else nothing is changed
 
 
-def read_ahead(ranges: Iterable[tuple[int, int]]) -> int:
-    """Start reading the ranges (address, bytes) whose middle page is not in memory; returns their bytes.
+def ranked(scores: torch.Tensor, k: int) -> npt.NDArray[np.int64]:
+    """The experts among any token's best k by scores (T, E), those first that more tokens put higher."""
+    best = scores.topk(min(k, scores.shape[-1]), -1)  # (T, k)
+    places = torch.arange(best.indices.shape[-1], 0, -1.0, device=scores.device).expand_as(best.indices)
+    points = torch.zeros(scores.shape[-1], device=scores.device)
+    points.index_add_(0, best.indices.flatten(), (places * best.values.isfinite()).flatten())
+    points = points.cpu()
+    order = points.argsort(descending=True, stable=True)
+    return order[: int((points > 0).sum())].numpy()
 
-    One page stands for a range: experts are read and dropped as a whole, and asking about each of an expert's 6,000
-    pages would cost more than it saves.
-    """
-    started = 0
-    for address, n_bytes in ranges:
-        if not in_memory(address + n_bytes // 2):
-            first = page_start(address)
-            _libc.madvise(first, address + n_bytes - first, mmap.MADV_WILLNEED)
-            started += n_bytes
-    return started
+
+@dataclass(slots=True)
+class Recall:
+    """How many of a layer's experts its hints had named."""
+
+    named: int = 0
+    wanted: int = 0
+    found: int = 0
+
+    @property
+    def share(self) -> float | None:
+        return self.found / self.wanted if self.wanted else None
+
+
+class Switch:
+    """Whether to read ahead, by the seconds waited for the disk for each expert that ran."""
+
+    def __init__(self) -> None:
+        self.on = True
+        self._trial = False  # the other way is being tried
+        self._steps: list[float] = []
+        self._kept = 0  # windows since the last trial
+        self._usual = 0.0  # seconds for an expert in the window before the trial
+
+    def step(self, waited: float, experts: int) -> None:
+        """A step has ended that waited so many seconds for so many experts."""
+        self._steps.append(waited / max(1, experts))
+        if len(self._steps) == WINDOW:
+            self._window(statistics.fmean(self._steps))
+            self._steps.clear()
+
+    def _window(self, seconds: float) -> None:
+        if self._trial:
+            self._trial, self._kept = False, 0
+            if seconds >= BETTER * self._usual:
+                self.on = not self.on
+            return
+        self._kept += 1
+        if self._kept == KEPT:
+            self._trial, self._usual = True, seconds
+            self.on = not self.on

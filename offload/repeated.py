@@ -58,7 +58,7 @@ def repeated_store(
         gate_up = len(geometry.units_of("gate_up", node, len(nodes))) * geometry.unit_bytes("gate_up", fmt)
         addresses[0, :, node, 1] = addresses[0, :, node, 0] + gate_up
         owners.append(memory)
-    return ExpertStore(geometry, fmt, (LAYER,), addresses, owners, True, notices)
+    return ExpertStore(geometry, fmt, (LAYER,), addresses, owners, notices)
 
 
 def _quantised(fmt: ExpertFormat, weights: formats.Float) -> tuple[formats.Array, formats.Array | None]:

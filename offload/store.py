@@ -1,11 +1,13 @@
 """Where every routed expert's packed bytes lie, each expert once.
 
 Either in memory, packed by all cores while the shards are read, one arena for each NUMA node; or in a packed file
-(offload/packed.py) that is mapped. The store knows geometry and bytes, not arithmetic; the caller supplies the tensor
-names. `offload.experts` and hybrid's engine call it, `hybrid pack` calls `pack_store`.
+(offload/packed.py), which is mapped where RAM holds it and else paged in (offload/paging.py). The store knows geometry
+and bytes, not arithmetic; the caller supplies the tensor names. `offload.experts` and hybrid's engine call it, `hybrid
+pack` calls `pack_store`.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,8 @@ from offload import packed
 from offload.checkpoint import Checkpoint, CheckpointError
 from offload.config import MATRICES, ExpertFormat, ExpertGeometry, Progress
 from offload.numa import address_of, huge_memory, prefer_node
+from offload.paging import LEAST_SLOTS, PackedExperts, Pager
+from offload.pool import PoolError
 from offload.ram import ram
 from offload.reading import ExpertReader
 from offload.requantise import Squares, error_notice
@@ -34,8 +38,8 @@ class ExpertStore:
         layers: Sequence[int],
         addresses: Places,
         owners: Sequence[memoryview],
-        resident: bool,
         notices: Sequence[str],
+        pager: Pager | None = None,
     ) -> None:
         self.geometry = geometry
         self.format: ExpertFormat = fmt
@@ -43,7 +47,7 @@ class ExpertStore:
         self.n_bytes = len(self.layers) * geometry.n_experts * geometry.expert_bytes(fmt)
         self.addresses = addresses  # (n_layers, E, nodes, 2): a node's first gate_up unit and its first down unit
         self.n_nodes = addresses.shape[2]
-        self.resident = resident  # False: larger than RAM, so parts of it come from the disk when they are used
+        self.pager = pager  # of a store larger than RAM: an address is 0 while its expert is on the disk only
         self.notices = tuple(notices)  # lines for the user: weight error, what was not used, what was not read ahead
         self._owners = list(owners)
 
@@ -52,6 +56,8 @@ class ExpertStore:
         for owner in self._owners:
             owner.release()
         self._owners.clear()
+        if self.pager is not None:
+            self.pager.close()
 
 
 def open_store(
@@ -62,21 +68,26 @@ def open_store(
     target: Target,
     progress: Progress,
     nodes: Sequence[int] = ONE_NODE,
+    budget: int | None = None,
 ) -> ExpertStore:
     """Make the store: from a packed file that fits the checkpoint, else from the shards.
 
     `prefix(layer, expert, projection)` names a matrix without its `.weight…` ending. `progress(stage, done, total)`
-    counts bytes. `nodes` are the system's numbers of the NUMA nodes to use. Raises CheckpointError, one line for the
-    user.
+    counts bytes. `nodes` are the system's numbers of the NUMA nodes to use. `budget` bytes of RAM are for experts of a
+    packed file, None for all that is free. Raises CheckpointError, one line for the user.
     """
     contents = _contents(checkpoint, prefix, geometry, layers, target)
     notices: list[str] = []
     if packed.usable(checkpoint.directory, contents, notices):
-        memory, resident = packed.open_mapped(checkpoint.directory, contents, progress, notices)
+        free = ram()[1] if budget is None else min(budget, ram()[1])
+        notices += packed.error_notices(checkpoint.directory, contents)
+        if contents.n_bytes > free:
+            pager = _pager(checkpoint, contents, len(nodes), free, notices)
+            return ExpertStore(geometry, contents.format, layers, pager.addresses, [], notices, pager)
+        memory = packed.open_mapped(checkpoint.directory, contents, progress)
         places = _places(contents, len(nodes), [address_of(memory)] * len(nodes), shared=True)
         owners = [memory]
     else:
-        resident = True
         with _reader(checkpoint, prefix, contents) as reader:
             crowded = _check_room(checkpoint, contents, len(reader) * reader.n_bytes(0))
             owners = [_arena(contents, node, nodes, notices) for node in range(len(nodes))]
@@ -85,7 +96,7 @@ def open_store(
         if contents.published != contents.format:
             notices.append(error_notice(squares, layers, contents.published, contents.format))
     addresses = places.reshape(len(layers), geometry.n_experts, len(nodes), len(MATRICES))
-    return ExpertStore(geometry, contents.format, layers, addresses, owners, resident, notices)
+    return ExpertStore(geometry, contents.format, layers, addresses, owners, notices)
 
 
 def packed_is_used(
@@ -145,6 +156,29 @@ def _arena(contents: packed.Contents, node: int, nodes: Sequence[int], notices: 
     if why is not None:
         notices.append(f"memory node {nodes[node]}: {why}; its experts lie wherever the system puts them")
     return arena
+
+
+def _pager(checkpoint: Checkpoint, contents: packed.Contents, n_nodes: int, free: int, notices: list[str]) -> Pager:
+    """Slots for as many experts as RAM has room for."""
+    inside = _places(replace(contents, layers=contents.layers[:1]), n_nodes, [0] * n_nodes, shared=True)[0]
+    n_layers, n_experts = len(contents.layers), contents.geometry.n_experts
+    path = packed_path(checkpoint.directory, contents.format)
+    lying = PackedExperts(path, packed.DATA_AT, contents.expert_bytes, n_layers, n_experts, inside)
+    needed = LEAST_SLOTS * lying.slot_bytes
+    if free < needed:
+        raise CheckpointError(
+            f"{path}: {free / 1e9:.2f} GB of RAM are free and two experts, {needed / 1e9:.2f} GB, are the least that "
+            "must fit; free memory"
+        )
+    try:
+        pager = Pager(lying, free)
+    except PoolError as error:
+        raise CheckpointError(str(error)) from error
+    notices.append(
+        f"experts take {contents.n_bytes / 1e9:.1f} GB and {free / 1e9:.1f} GB of RAM are free: "
+        f"{pager.n_slots / contents.n_experts:.0%} are kept there, the others come from the disk when they are needed"
+    )
+    return pager
 
 
 def _places(contents: packed.Contents, n_nodes: int, bases: Sequence[int], shared: bool) -> Places:

@@ -1,9 +1,10 @@
-"""Copies between RAM and the device, alone and beside the expert kernels; and experts of a mapped file from the disk.
+"""Copies between RAM and the device, alone and beside the expert kernels; and experts of a packed file from the disk.
 
 The pieces are as large as one K2.5 expert. With the CPU as the device every line of the copies runs the same, pinning
 apart, so that tests can run them. Knows no plans. Called by `placement.measure`.
 """
 
+import mmap
 import os
 import time
 from collections.abc import Callable
@@ -15,9 +16,8 @@ import numpy as np
 import torch
 
 from offload.config import ExpertGeometry, PoolConfig
+from offload.disk import DiskReader, blocks
 from offload.experts import Experts
-from offload.numa import address_of
-from offload.prefetch import in_memory, read_ahead
 from offload.repeated import LAYER, random_expert, repeated_store
 from offload.topology import Topology
 from placement.document import Measured
@@ -101,27 +101,30 @@ def measure_link(device: torch.device, topology: Topology, sizes: Sizes) -> Link
 
 
 def measure_disk(sizes: Sizes, scratch: Path) -> Measured:
-    """Bytes per second of experts of a mapped file, asked for ahead as the engine does and then read, in random order.
+    """Bytes per second of experts of a packed file, in random order, some asked for at once as the engine does.
 
-    Raises CannotMeasureError where the file stays in memory whatever we ask.
+    Raises CannotMeasureError where the file can only be read through the page cache, which may hold it.
     """
     with TemporaryDirectory(dir=scratch) as folder:
         path = Path(folder) / "experts"
         _write_cold(path, sizes)
-        mapped = np.memmap(path, np.uint8, mode="r").reshape(sizes.copies, sizes.copy_bytes)
-        start = address_of(memoryview(mapped[0]))
-        places = [start + i * sizes.copy_bytes for i in range(sizes.copies)]
-        if all(in_memory(place + sizes.copy_bytes // 2) for place in places):
-            raise CannotMeasureError("files under the scratch directory stay in memory: it is a RAM disk")
-        order = np.random.default_rng(SEED).permutation(sizes.copies)
-        rates = []
-        for first in range(0, len(order), GROUP):
-            group = order[first : first + GROUP]
-            began = time.perf_counter()
-            read_ahead((places[i], sizes.copy_bytes) for i in group)
-            for i in group:
-                mapped[i, ::4096].sum()  # one byte of every page
-            rates.append(len(group) * sizes.copy_bytes / (time.perf_counter() - began))
+        with closing(DiskReader(path)) as reader:
+            if not reader.direct:
+                raise CannotMeasureError("the scratch directory cannot be read past the page cache: is it a RAM disk?")
+            order = np.random.default_rng(SEED).permutation(sizes.copies).tolist()
+            room = blocks(1, sizes.copy_bytes)[1]
+            memory = memoryview(mmap.mmap(-1, GROUP * room))
+            rates = []
+            for first in range(0, len(order), GROUP):
+                group = order[first : first + GROUP]
+                began = time.perf_counter()
+                reads = []
+                for i, number in enumerate(group):
+                    at, n_bytes = blocks(number * sizes.copy_bytes, sizes.copy_bytes)
+                    wanted = (number + 1) * sizes.copy_bytes - at
+                    reads.append(reader.read(at, memory[i * room : i * room + n_bytes], wanted, urgent=True))
+                reader.wait(reads)
+                rates.append(len(group) * sizes.copy_bytes / (time.perf_counter() - began))
         return median_of(rates)
 
 

@@ -22,7 +22,18 @@ from placement import report
 from placement.cost import CostError
 from placement.facts import Facts, read_facts
 from placement.hardware import Hardware
-from placement.ledger import Placement, PlacementError, Wishes, fit, human, layout_of, page_bytes, place, room
+from placement.ledger import (
+    ROUTED,
+    Placement,
+    PlacementError,
+    Wishes,
+    fit,
+    human,
+    layout_of,
+    page_bytes,
+    place,
+    room,
+)
 from placement.plan import Choice, Goal, Plan
 from placement.planner import ledger_lines, make_plan
 from placement.probe import find_hardware
@@ -143,7 +154,14 @@ def _engine_config(settings: ServerSettings, plan: Plan) -> EngineConfig:
         n_pages=chosen.pages_on_device,
         page_size=chosen.page_size,
         experts=settings.experts,
+        expert_ram=_expert_ram(plan),
     )
+
+
+def _expert_ram(plan: Plan) -> int | None:
+    """What the ledger leaves for the routed experts where the disk holds the rest; None where RAM holds them all."""
+    routed = {line.where: line.size for line in plan.ledger if line.what.startswith(ROUTED)}
+    return routed["RAM"] if "disk" in routed else None
 
 
 def _still_fits(plan: Plan, model: ModelConfig, facts: Facts, wishes: Wishes, path: Path | None) -> Placement:

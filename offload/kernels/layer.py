@@ -59,6 +59,7 @@ JOB = np.dtype(
         ("x_records", np.int64),  # -> T records
         ("h_records", np.int64),  # -> T*K records
         ("y", np.int64),  # -> float32 (T, D)
+        ("keep", np.int64),  # 0: y is written; else these experts are added to what y holds
         ("scratch", np.int64),  # -> SCRATCH_BYTES for each worker
         ("group_bytes", np.int64),  # of a record
         ("encode_inputs", np.int64),  # functions: the two encoders, and the products by tokens - 1
@@ -230,7 +231,7 @@ def down(pool, job, node, worker, scratch):
     while task < units:
         first = (matrix.units[node] + task) * UNIT_SUMS
         rows = min(UNIT_SUMS, hidden - first)
-        for token in range(job.n_tokens):
+        for token in range(0 if job.keep else job.n_tokens):
             for r in range(first, first + rows):
                 store_f32(job.y + 4 * (token * hidden + r), np.float32(0))
         for active in range(job.active, job.active + 24 * job.n_active, 24):

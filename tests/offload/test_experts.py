@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from offload.config import MATRICES, ExpertFormat, ExpertGeometry, Isa, PoolConfig, Precision
+from offload.config import ExpertFormat, ExpertGeometry, Isa, PoolConfig, Precision
 from offload.experts import Experts
 from offload.isa import REQUIRED, available, choose
 from offload.kernels.amx import AmxFormat
@@ -293,26 +293,16 @@ def test_one_layer_at_a_time(int4: Case) -> None:
 
 def test_counters(int4: Case) -> None:
     expert = int4.store.geometry.expert_bytes("int4")
-    before = int4.experts.stats()
-    assert before.hint_recall is None
     x, weights = np.ones((3, 160), np.float32), np.ones((3, 2))
     int4.run(x, np.array([[0, 1], [1, 0], [5, 1]]), weights)
     one = int4.experts.stats()
     assert (one.layers_run, one.tokens, one.assignments, one.distinct_experts) == (1, 3, 6, 3)
     assert one.bytes_read == 3 * expert
-    assert one.hint_recall is None
-    int4.experts.hint(8, torch.tensor([[0, 1, 2], [1, 2, 3]]))
-    int4.run(x, np.array([[0, 1], [1, 0], [5, 4]]), weights, layer=LAYER)  # not the hinted layer
-    assert int4.experts.stats().hint_recall is None
     int4.run(x, np.array([[0, 1], [1, 0], [5, 4]]), weights, layer=8)
     two = int4.experts.stats()
-    assert (two.layers_run, two.hinted_experts, two.wanted_experts, two.found_experts) == (3, 4, 4, 2)
-    assert two.hint_recall == 0.5
+    assert (two.layers_run, two.distinct_experts) == (2, 7)
     assert two.seconds > one.seconds > 0
-    assert two.bytes_prefetched == 0
-    assert not int4.experts.wants_hints  # all in memory
-    int4.run(x, np.array([[0, 1], [1, 0], [5, 4]]), weights, layer=8)  # a hint is for one submit
-    assert int4.experts.stats().wanted_experts == 4
+    assert not int4.experts.wants_hints and int4.experts.paging() is None  # all in memory
 
 
 def test_choices_are_counted_by_layer_and_expert(int4: Case) -> None:
@@ -367,9 +357,10 @@ def test_workers_that_cannot_take_over_change_nothing(int4: Case) -> None:
 
 def test_hints_are_checked(int4: Case) -> None:
     with pytest.raises(ValueError, match="layer: 4"):
-        int4.experts.hint(4, torch.tensor([[0]]))
-    with pytest.raises(ValueError, match="got 6 to 6"):
-        int4.experts.hint(LAYER, torch.tensor([[6]]))
+        int4.experts.hint(4, torch.zeros((1, 6)))
+    with pytest.raises(ValueError, match=r"scores: expected \(tokens, 6\), got \(1, 7\)"):
+        int4.experts.hint(LAYER, torch.zeros((1, 7)))
+    int4.experts.hint(LAYER, torch.zeros((1, 6)))  # nothing to do
 
 
 def test_a_tier_that_cannot_run_is_refused() -> None:
@@ -405,21 +396,6 @@ def test_close_ends_the_workers() -> None:
     assert threading.active_count() == before + 3
     experts.close()
     assert threading.active_count() == before
-
-
-def test_hinted_experts_of_a_store_larger_than_ram_are_asked_from_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The hinted experts, and nothing else."""
-    store = memory_store("int4", ExpertGeometry(6, 96, 64))
-    store.resident = False
-    asked: list[tuple[int, int]] = []
-    monkeypatch.setattr("offload.experts.read_ahead", lambda ranges: asked.extend(ranges) or 7)
-    experts = open_experts(store, PoolConfig(threads=1))
-    assert experts.wants_hints
-    experts.hint(LAYER, torch.tensor([[4, 1], [1, 4]]))
-    experts.close()
-    assert experts.stats().bytes_prefetched == 7
-    sizes = [store.geometry.n_units(m) * store.geometry.unit_bytes(m, "int4") for m in MATRICES]
-    assert asked == [(store.addresses[0, e, 0, i], size) for e in (1, 4) for i, size in enumerate(sizes)]
 
 
 @pytest.mark.gpu

@@ -1,18 +1,22 @@
 """The packed file: written once, resumed after a kill, and used only for the very shards it was made from."""
 
+import ctypes
 import fcntl
 import os
+import re
 import signal
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 from offload import packed, store
 from offload.checkpoint import Checkpoint, CheckpointError
+from offload.config import MATRICES
 from offload.sources import Target
 from offload.store import ExpertStore, open_store, pack_store
 from tests.reference.expert_files import (
@@ -70,7 +74,7 @@ def test_the_file_is_mapped(tmp_path: Path, source: str) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["0.safetensors", "1.safetensors", path.name]
     for nodes in ((0,), (0, 0, 0)):
         found = reopen(checkpoint, nodes=nodes)
-        assert (found.format, found.resident, found.notices) == (source, True, ())
+        assert (found.format, found.pager, found.notices) == (source, None, ())
         assert str(path) in Path("/proc/self/maps").read_text()
         check_bytes(found, tensors)
         found.close()
@@ -97,15 +101,31 @@ def test_reading_ahead_counts_every_byte(int4: tuple[Tensors, Checkpoint, Path])
     assert calls[0] == ("reading packed experts", 0, size) and calls[-1] == ("reading packed experts", size, size)
 
 
-def test_a_file_larger_than_memory_is_used_from_the_disk(
-    int4: tuple[Tensors, Checkpoint, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(packed, "ram", lambda: (1000, 1000))
-    calls: list[object] = []
-    found = open_store(int4[1], prefix, GEOMETRY, LAYERS, "native", lambda *call: calls.append(call))
-    assert calls == [] and not found.resident
-    assert len(found.notices) == 1 and "not read ahead" in found.notices[0]
-    check_bytes(found, int4[0])
+def test_a_file_larger_than_memory_is_paged_in(int4: tuple[Tensors, Checkpoint, Path]) -> None:
+    """Slots hold just the file's bytes, each expert at the address that the kernels are given."""
+    expert = GEOMETRY.expert_bytes("int4")
+    found = open_store(int4[1], prefix, GEOMETRY, LAYERS, "native", silent, budget=3 * (expert + 8192))
+    pager = found.pager
+    assert pager is not None and 3 <= pager.n_slots < 6 and not found.addresses.any()
+    assert len(found.notices) == 1 and re.search(r"% are kept there, the others come from the disk", found.notices[0])
+    assert str(int4[2]) not in Path("/proc/self/maps").read_text()
+    whole = reopen(int4[1])
+    for index in range(len(LAYERS)):
+        for e in range(GEOMETRY.n_experts):
+            pager.start(index, np.array([e]))
+            for _ in pager.parts():
+                for matrix in (0, 1):
+                    n_bytes = GEOMETRY.n_units(MATRICES[matrix]) * GEOMETRY.unit_bytes(MATRICES[matrix], "int4")
+                    here, there = (int(s.addresses[index, e, 0, matrix]) for s in (found, whole))
+                    assert ctypes.string_at(here, n_bytes) == ctypes.string_at(there, n_bytes)
+            pager.finish()
+    pager.check()
+    found.close()
+
+
+def test_less_room_than_two_experts_is_refused(int4: tuple[Tensors, Checkpoint, Path]) -> None:
+    with pytest.raises(CheckpointError, match=r"packed: 0\.00 GB of RAM are free and two experts, .* free memory$"):
+        open_store(int4[1], prefix, GEOMETRY, LAYERS, "native", silent, budget=1000)
 
 
 def touch(path: Path) -> None:

@@ -41,7 +41,7 @@ def test_published_weights_are_packed(
     checkpoint = save(tensors, tmp_path)
     found = open_store(checkpoint, prefix, GEOMETRY, LAYERS, "native", silent, nodes)
     checkpoint.close()  # nothing is left in the shards
-    assert found.resident and found.layers == LAYERS
+    assert found.pager is None and found.layers == LAYERS
     assert found.addresses.dtype == np.int64 and found.addresses.shape == (2, 3, len(nodes), 2)
     assert found.n_nodes == len(nodes) and not (found.addresses % 64).any()
     assert found.n_bytes == 2 * 3 * GEOMETRY.expert_bytes(found.format)
@@ -65,7 +65,7 @@ def test_quantised_at_load(
     calls: list[tuple[str, int, int]] = []
     checkpoint = save(tensors, tmp_path)
     found = open_store(checkpoint, prefix, GEOMETRY, LAYERS, target, lambda *call: calls.append(call), nodes)
-    assert found.resident and found.format == target
+    assert found.pager is None and found.format == target
     check_bytes(found, tensors)
     squares = {layer: np.zeros(2) for layer in LAYERS}
     for layer in LAYERS:

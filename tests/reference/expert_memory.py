@@ -6,12 +6,14 @@ Every expert ends where readable memory ends, so a kernel that reads one byte to
 import ctypes
 import itertools
 import mmap
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 
 from offload import formats
-from offload.config import PROJECTIONS, ExpertFormat, ExpertGeometry
+from offload.config import MATRICES, PROJECTIONS, ExpertFormat, ExpertGeometry
+from offload.paging import PackedExperts, Pager
 from offload.topology import Place, Topology
 from tests.reference import experts, packing
 
@@ -53,7 +55,7 @@ class MemoryStore:
     addresses: np.ndarray
     dense: list[experts.Layer]  # by layer
     owners: list[np.ndarray]
-    resident: bool = True
+    pager: Pager | None = None
 
     @property
     def n_nodes(self) -> int:
@@ -85,6 +87,34 @@ def memory_store(
                 addresses[layer, expert, node] = [array.ctypes.data for array in kept]
         store.dense.append(experts.Layer(fmt, **dense))
     return store
+
+
+def paged(
+    store: MemoryStore, path: Path, n_slots: int, start: int = 0, read_ahead: bool | None = None
+) -> "MemoryStore":
+    """The same experts in a file of which only so many are in memory at once. `start` is the first one's offset."""
+    g, fmt = store.geometry, store.format
+    sizes = [
+        [len(g.units_of(m, n, store.n_nodes)) * g.unit_bytes(m, fmt) for m in MATRICES] for n in range(store.n_nodes)
+    ]
+    gate_up = g.n_units("gate_up") * g.unit_bytes("gate_up", fmt)
+    firsts = [
+        (g.units_of("gate_up", n, store.n_nodes).start, g.units_of("down", n, store.n_nodes).start)
+        for n in range(store.n_nodes)
+    ]
+    inside = np.array(
+        [(a * g.unit_bytes("gate_up", fmt), gate_up + b * g.unit_bytes("down", fmt)) for a, b in firsts], np.int64
+    )
+    with path.open("wb") as file:
+        file.write(bytes(start))
+        for nodes in store.addresses.reshape(-1, store.n_nodes, 2):
+            for matrix in range(2):
+                for node in range(store.n_nodes):
+                    file.write(ctypes.string_at(int(nodes[node, matrix]), sizes[node][matrix]))
+    lying = PackedExperts(path, start, g.expert_bytes(fmt), len(store.layers), g.n_experts, inside)
+    pager = Pager(lying, n_slots * lying.slot_bytes, read_ahead)
+    assert pager.n_slots == n_slots
+    return replace(store, addresses=pager.addresses, pager=pager)
 
 
 def shares(

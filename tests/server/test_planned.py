@@ -9,9 +9,11 @@ import pytest
 from hybrid.config import ModelConfig
 from placement.document import DocumentError
 from placement.hardware import Hardware
-from placement.plan import Ability, write_plan
+from placement.ledger import ROUTED
+from placement.plan import Ability, Line, write_plan
 from placement.probe import find_hardware
 from placement.profile import write_profile
+from server.engine_builder import _expert_ram
 from server.options import SETTLED, SettingsError
 from server.planned import check_files, load_plan, load_rates, with_plan
 from server.settings import ServerSettings
@@ -165,3 +167,12 @@ def test_files_are_checked_before_anything_starts(tmp_path: Path, model: ModelCo
     write_plan(plan, plans.plan(model, hardware))
     write_profile(profile, plans.profile(hardware))
     check_files(replace(plain, plan=plan, profile=profile), model)
+
+
+def test_experts_get_what_the_ledger_leaves_them(model: ModelConfig, hardware: Hardware) -> None:
+    """Only where the disk holds the rest: else what is free decides."""
+    plan = plans.plan(model, hardware)
+    ram, disk = Line("RAM", f"{ROUTED}, int4, mapped from the packed file", 7000), Line("disk", f"{ROUTED} that", 500)
+    other = Line("RAM", "experts' buffers for 48 tokens (estimate)", 30)
+    assert _expert_ram(replace(plan, ledger=(ram, other))) is None
+    assert _expert_ram(replace(plan, ledger=(ram, other, disk))) == 7000
