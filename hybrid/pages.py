@@ -82,11 +82,13 @@ class PageTable:
         n_full = len(holding.ids) // self.page_size
         return [self._key(holding, i) for i in range(holding.n_published, n_full)]
 
-    def awaited(self, holding: Holding, coming: Set[bytes]) -> int:
-        """Tokens right after its pages that it could share once the pages of these keys are published."""
-        first, n_full = len(holding.pages), (len(holding.ids) - 1) // self.page_size
-        found = itertools.takewhile(lambda i: self._key(holding, i) in coming, range(first, n_full))
-        return sum(self.page_size for _ in found)
+    def awaited(self, holding: Holding, coming: Set[bytes]) -> tuple[int, int]:
+        """Tokens that an empty holding could share now, and those right after them that it could share once the pages
+        of these keys are published. Takes no page."""
+        pages = range((len(holding.ids) - 1) // self.page_size)
+        now = sum(1 for _ in itertools.takewhile(lambda i: self._key(holding, i) in self._page_of, pages))
+        soon = sum(1 for _ in itertools.takewhile(lambda i: self._key(holding, i) in coming, pages[now:]))
+        return now * self.page_size, soon * self.page_size
 
     def grow(self, holding: Holding, n_tokens: int) -> bool:
         """Add pages until `holding` has room for `n_tokens`. False, with nothing changed, where they do not suffice."""

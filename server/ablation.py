@@ -12,8 +12,8 @@ from hybrid.batch import Batch
 from placement.cost import StepCost
 from server.policy import FIRST_COME
 from server.scheduler import SchedulerConfig
-from server.simulate import Report, simulate
-from server.simulate_report import percentiles, to_json
+from server.simulate import Refused, Report, simulate
+from server.simulate_report import percentiles, refusal_lines, to_json
 from server.timeline import ANSWERING, READING, drawn
 from server.workload import Workload
 
@@ -62,6 +62,7 @@ class Ablation:
 
     variants: tuple[Variant, ...]
     alone: Report | None
+    refused: tuple[Refused, ...]  # by the first variant
 
 
 def variants(config: SchedulerConfig) -> dict[str, SchedulerConfig]:
@@ -92,20 +93,27 @@ def ablate(
     def run(name: str, work: Workload, changed: SchedulerConfig) -> Report:
         return simulate(work, changed, cost, max_model_len, lambda _, done, total: progress(name, done, total))
 
+    def ran(report: Report) -> bool:  # its swarm was not refused as a whole
+        return any(request.patient for request in report.served) or (bool(report.served) and not swarm)
+
+    swarm = any(agent.patient for agent in workload.agents)
     reports = {name: run(name, workload, changed) for name, changed in variants(config).items()}
     users = Workload(tuple(agent for agent in workload.agents if not agent.patient))
     mixed = 0 < len(users.agents) < len(workload.agents)
     return Ablation(
-        tuple(Variant(name, report) for name, report in reports.items() if report.served),
+        tuple(Variant(name, report) for name, report in reports.items() if ran(report)),
         run(ALONE, users, config) if mixed else None,
+        next(iter(reports.values())).refused,
     )
 
 
 def text(found: Ablation) -> str:
-    """The table. Factors are of the last variant's makespan."""
+    """The table, and what was refused. Factors are of the last variant's makespan."""
+    if not found.variants:
+        return "\n".join(refusal_lines(found.refused))
     lines = [_line(variant, found.variants[-1].swarm_seconds) for variant in found.variants]
     alone = [f"{ALONE:<{WIDE}}{_user(found.alone)}"] if found.alone else []
-    return "\n".join([HEADING if alone else HEADING[:WIDE], *lines, *alone])
+    return "\n".join([HEADING if alone else HEADING[:WIDE], *lines, *alone, *refusal_lines(found.refused)])
 
 
 def _line(variant: Variant, worst: float) -> str:

@@ -5,6 +5,7 @@ dropped in silence; fields we understand but cannot honour are refused. Knows no
 `openai_chat.py`, `openai_completions.py` and `openai.py` call it.
 """
 
+import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -23,6 +24,7 @@ MAX_LOGPROBS = 20
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 MEDIA = ("image", "image_url", "video", "video_url", "input_audio", "input_image", "file")
+TIERS = ("auto", "default", "flex", "scale", "priority")
 # Bookkeeping of other services: no effect on the answer, so nothing to warn about.
 HARMLESS = (
     "user",
@@ -107,9 +109,14 @@ def read_options(fields: Fields, defaults: Sampling, n_vocab: int) -> Options:
         stop=_stops(fields),
         stop_token_ids=frozenset(read_ids(fields.items("stop_token_ids") or [], "stop_token_ids", n_vocab)),
         ignore_eos=fields.boolean("ignore_eos"),
-        group=fields.text("prompt_cache_key") or "",
-        patient=fields.text("service_tier") == "flex",
+        group=_digest(fields.text("prompt_cache_key")),
+        patient=fields.choice("service_tier", TIERS) == "flex",
     )
+
+
+def _digest(key: str | None) -> str:
+    """A group's name of fixed length, whatever a client sends."""
+    return hashlib.blake2b(key.encode(errors="replace"), digest_size=16).hexdigest() if key else ""
 
 
 def read_sampling(fields: Fields, defaults: Sampling) -> Sampling:

@@ -209,7 +209,7 @@ def _simulate(given: argparse.Namespace, environ: Environ) -> int:
         with _bar() as show:
             found = ablation.ablate(work, config, clock, settings.max_model_len, show)
         _print(ablation.to_plain(found) if given.json else ablation.text(found))
-        if given.plot:
+        if given.plot and found.variants:
             ablation.plot(found, given.plot)
         return 0
     with _bar() as show:

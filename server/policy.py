@@ -4,14 +4,15 @@ The ideas and what they are worth under offload: docs/SCHEDULING.md. Every one c
 clock and no pages: `scheduler.py` asks, and carries out.
 """
 
-from collections import Counter
-from collections.abc import Iterable
-from collections.abc import Sequence as List
+import heapq
+from collections import Counter, defaultdict
+from collections.abc import Generator, Iterable
 from dataclasses import dataclass
 
 from server.sequence import Sequence
 
-MOST_OVERTAKEN = 64  # later requests that may start before one that waits
+MOST_OVERTAKEN = 64  # later requests of its lane that may start before one that waits
+Line = tuple[bool, str]  # lane (patient?) and group
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,35 +30,41 @@ class Policy:
         """Whether it goes in the slow lane."""
         return self.express and sequence.request.patient
 
-    def first(self, waiting: Iterable[Sequence], running: List[Sequence]) -> Sequence:
-        """Which of those that wait, in order of arrival, starts next."""
-        waiting = list(waiting)
-        late = [sequence for sequence in waiting if sequence.overtaken >= MOST_OVERTAKEN]
-        if late:
-            return late[0]
-        held = self._held(running)
+    def order(self, waiting: Iterable[Sequence], running: Iterable[Sequence]) -> Generator[Sequence, bool, None]:
+        """Those that wait, in order of arrival, in the order in which they may start; send whether one did.
 
-        def rank(sequence: Sequence) -> tuple[bool, int, int, int]:
-            patient = self.patient(sequence)
-            length = -sequence.remaining if self.longest_first and patient else 0
-            return patient, held[_group(sequence)], length, sequence.number
+        O(W log W) for all of them: a line for each group of a lane, and a heap of the lines' heads.
+        """
+        held = Counter(map(self._line, running))
+        lines: defaultdict[Line, list[tuple[int, int, Sequence]]] = defaultdict(list)
+        for sequence in waiting:
+            if sequence.overtaken >= MOST_OVERTAKEN:
+                held[self._line(sequence)] += bool((yield sequence))
+            else:
+                length = sequence.remaining if self.longest_first and self.patient(sequence) else 0
+                lines[self._line(sequence)].append((-length, sequence.number, sequence))
+        heads = []
+        for line, members in lines.items():
+            members.sort(reverse=True)  # the first one last, where pop() takes it
+            heads.append((line[0], held[line], *members[-1][:2], line))
+        heapq.heapify(heads)
+        while heads:
+            *_, line = heapq.heappop(heads)
+            members = lines[line]
+            held[line] += bool((yield members.pop()[-1]))
+            if members:
+                heapq.heappush(heads, (line[0], held[line], *members[-1][:2], line))
 
-        return min(waiting, key=rank)
-
-    def victim(self, candidates: Iterable[Sequence], running: List[Sequence]) -> Sequence:
+    def victim(self, candidates: Iterable[Sequence], running: Iterable[Sequence]) -> Sequence:
         """Which of these running ones gives its pages back: patient before others, of the group that holds most, the
         youngest."""
-        held = self._held(running)
-        return max(candidates, key=lambda one: (self.patient(one), held[_group(one)], one.number))
+        held = Counter(map(self._line, running))
+        return max(candidates, key=lambda one: (self.patient(one), held[self._line(one)], one.number))
 
-    def _held(self, running: List[Sequence]) -> Counter[str | int]:
-        """Places by group."""
-        return Counter(map(_group, running)) if self.fair_groups else Counter()
+    def _line(self, sequence: Sequence) -> Line:
+        """Its lane and group. A request that names no group is one of its own."""
+        group = (sequence.request.group or sequence.number) if self.fair_groups else ""
+        return self.patient(sequence), str(group)
 
 
 FIRST_COME = Policy(bus=False, prefix_once=False, express=False, fair_groups=False, longest_first=False)
-
-
-def _group(sequence: Sequence) -> str | int:
-    """A request that names no group is one of its own."""
-    return sequence.request.group or sequence.number

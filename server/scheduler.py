@@ -8,18 +8,21 @@ It does not know what a token means, how a step is computed or who reads the ans
 """
 
 import bisect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from hybrid.batch import Batch, Row, RowOutput, StepOutput
 from hybrid.pages import Holding, PageTable
 from server.policy import Policy
+from server.prefixes import Coming
 from server.request import EngineStats, FinishReason, Progress, Request
 from server.sequence import Sequence
 
 Chunks = list[tuple[Sequence, int]]  # who gets how many new ids in a step
 
 MOST_ALONE = 4  # times the longest step: more seconds than that the express lane has never in a row
+MOST_GIVEN_WAY = 2  # times that a patient request makes room for a newcomer before its next token
 EXPRESS_PAGES = 0.5  # of all pages: up to here patient requests give way to others that wait
 
 
@@ -82,8 +85,8 @@ class Scheduler:
         self._n_added += 1
         self._known[request.id] = sequence
         self._waiting.append(sequence)
-        if not self._policy.patient(sequence) and len(self._express()) == 1:
-            self._owed = self._slowest  # paid in advance: a step for all is too long to come before the first token
+        if not self._policy.patient(sequence):  # paid in advance: a step for all would come before the first token
+            self._owed = max(self._owed, self._slowest)
         return None
 
     def cancel(self, request_id: int) -> Progress | None:
@@ -172,19 +175,19 @@ class Scheduler:
         return None
 
     def _hurried(self) -> bool:
-        """Whether the next step is for those alone that are not patient: some are here, and others have had more than
-        their share."""
+        """Whether the next step is for those alone that are not patient: one of them waits for a place, or others have
+        had more than their share."""
         if not any(map(self._policy.patient, self._running)):
             self._alone = self._longest = 0.0
             return False
-        # Prompts without end would never pay back what is owed.
-        return self._owed > 0 and self._alone <= MOST_ALONE * max(self._slowest, self._longest)
-
-    def _express(self) -> list[Sequence]:
-        return [sequence for sequence in self._known.values() if not self._policy.patient(sequence)]
+        # Bounded, as newcomers and prompts without end would never pay back what is owed.
+        longest = max(self._slowest, self._longest)
+        waits = any(not self._policy.patient(one) for one in self._waiting)
+        return (waits or self._owed > 0) and self._alone + self._longest <= MOST_ALONE * longest
 
     def _share_time(self, flight: list[tuple[Sequence, Row]], seconds: float) -> None:
         """Enter a step of so many seconds: patient requests may stretch it to `slowdown` times what others need."""
+        seconds = seconds if math.isfinite(seconds) else 0.0
         express = tuple(row for sequence, row in flight if not self._policy.patient(sequence))
         slowdown = self._policy.slowdown
         if len(express) == len(flight):
@@ -195,7 +198,9 @@ class Scheduler:
             self._alone = self._longest = 0.0
             self._slowest = seconds
             self._owed += seconds - (slowdown * self._expect(Batch(express)) if express else 0.0)
-        self._owed = max(self._owed, 0.0) if self._express() else 0.0
+        hurried = any(not self._policy.patient(one) for one in self._known.values())
+        most = MOST_ALONE * max(self._slowest, self._longest)
+        self._owed = min(max(self._owed, 0.0), most) if hurried else 0.0
 
     def _chosen(self, express: bool) -> Chunks:
         """Who gets how many new ids, all or only those that are not patient."""
@@ -243,6 +248,7 @@ class Scheduler:
         sequence = self._policy.victim(candidates, self._running)
         self._running.remove(sequence)
         self._vacate(sequence)
+        sequence.gave_way += 1
         bisect.insort(self._waiting, sequence, key=_arrival)
         self._count(preemptions=1)
         return sequence
@@ -250,33 +256,38 @@ class Scheduler:
     def _admit(self, chunks: Chunks, express: bool) -> None:
         """Start waiting requests with what is left of the step's new ids, and add them to it."""
         left = self.config.max_batch_tokens - sum(n for _, n in chunks)
+        if left == 0:
+            return
         eligible = [one for one in self._waiting if not (express and self._policy.patient(one))]
-        coming = {key for one in self._running for key in self._pages.unwritten(one.held)}
-        while left > 0 and eligible and (self._policy.bus or all(n == 1 for _, n in chunks)):
-            sequence = self._policy.first(eligible, self._running)
-            eligible.remove(sequence)
-            sequence.n_computed = self._pages.share(sequence.held, sequence.shareable)
-            if self._policy.prefix_once and self._worth_waiting(sequence, coming):
-                self._vacate(sequence)
+        order = self._policy.order(eligible, list(self._running))
+        coming = Coming(self._policy, self._pages)
+        for reader in self._running if eligible else ():
+            coming.add(reader)
+        started: bool | None = None
+        while left > 0 and (self._policy.bus or all(n == 1 for _, n in chunks)):
+            try:
+                sequence = next(order) if started is None else order.send(started)
+            except StopIteration:
+                break
+            started = False
+            if self._policy.prefix_once and coming.worth_waiting(sequence):
                 continue
+            sequence.n_computed = self._pages.share(sequence.held, sequence.shareable)
             if not self._make_room(sequence, chunks):
                 self._vacate(sequence)
                 break
             self._start(sequence)
             n = min(left, sequence.n_left)
             self._pages.grow(sequence.held, sequence.n_computed + n)
-            coming.update(self._pages.unwritten(sequence.held))
+            coming.add(sequence)
             chunks.append((sequence, n))
             left -= n
-
-    def _worth_waiting(self, sequence: Sequence, coming: set[bytes]) -> bool:
-        """Whether half or more of what it must compute is about to be computed by another, to be shared then."""
-        return not sequence.scoring and 2 * self._pages.awaited(sequence.held, coming) >= sequence.n_left
+            started = True
 
     def _make_room(self, sequence: Sequence, chunks: Chunks) -> bool:
         """Whether it can start. Patient requests give way to one that is not, as long as such have half the pages."""
         while len(self._running) >= self.config.max_running or not self._fits(sequence):
-            patient = [one for one in self._idle(chunks) if self._policy.patient(one)]
+            patient = [one for one in self._idle(chunks) if self._policy.patient(one) and one.gave_way < MOST_GIVEN_WAY]
             if self._policy.patient(sequence) or not patient or self._express_pages(sequence) > EXPRESS_PAGES:
                 return False
             self._preempt(patient)
@@ -290,9 +301,10 @@ class Scheduler:
 
     def _start(self, sequence: Sequence) -> None:
         """Move it from the queue to the running ones."""
-        at = self._waiting.index(sequence)
+        at = bisect.bisect_left(self._waiting, sequence.number, key=_arrival)
         for earlier in self._waiting[:at]:
-            earlier.overtaken += 1
+            earlier.overtaken += self._policy.patient(earlier) == self._policy.patient(sequence)
+        sequence.overtaken = 0
         self._running.append(self._waiting.pop(at))
         self._note_admission(sequence)
 
@@ -331,6 +343,7 @@ class Scheduler:
     def _advance(self, sequence: Sequence, answer: RowOutput) -> Progress:
         """All ids are computed: append the sampled token, if any, and say whether it was the last."""
         request, first = sequence.request, sequence.n_output == 0
+        sequence.gave_way = 0
         if answer.token is not None:
             sequence.held.ids.append(answer.token)
         finish: FinishReason | None = None

@@ -64,7 +64,7 @@ def text(report: Report) -> str:
         f"  moved       {_listed(report.moved, human)}",
         f"  at work     {_shares(report.utilisation)} of the time",
         f"  bound by    {_shares({name: s * rate for name, s in report.binding.items()})} of the time",
-        *_refusal_lines(report.refused),
+        *refusal_lines(report.refused),
     ]
     return "\n".join(lines)
 
@@ -82,7 +82,8 @@ def _percentile_lines(report: Report) -> list[str]:
     ]
 
 
-def _refusal_lines(refused: Sequence[Refused]) -> list[str]:
+def refusal_lines(refused: Sequence[Refused]) -> list[str]:
+    """What was refused and why; nothing of nothing."""
     if not refused:
         return []
     lost = sum(one.turns_lost for one in refused)

@@ -14,7 +14,7 @@ from server.scheduler import SchedulerConfig
 from server.simulate import simulate
 from server.workload import Distribution, Workload, swarm, with_users
 
-CONFIG = SchedulerConfig(n_pages=400, page_size=4, max_batch_tokens=64, max_running=8)
+CONFIG = SchedulerConfig(n_pages=1600, page_size=4, max_batch_tokens=64, max_running=8)
 SWARM = swarm(12, 40, Distribution.parse("4..12"), Distribution.parse("5..90"), seed=1)
 WORK = with_users(SWARM, 1, start=5.0)
 
@@ -90,3 +90,10 @@ def test_users_come_later_and_wait_between_turns() -> None:
     assert user.turns[0].wait >= 5.0 + 5.0 and all(5 <= turn.wait <= 25 for turn in user.turns[1:])
     assert with_users(SWARM, 1, 5.0) == WORK
     assert user.own_id not in {agent.own_id for agent in SWARM.agents}
+
+
+def test_a_swarm_that_is_refused_is_not_counted() -> None:
+    """The user's requests alone would look like a very quick swarm."""
+    refused = ablate(with_users(SWARM, 1, 5.0), replace(CONFIG, n_pages=12), by_rows, None)
+    assert refused.variants == ()
+    assert "refused" in text(refused)

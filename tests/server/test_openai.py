@@ -415,6 +415,8 @@ async def test_sixty_four_streams_at_once(server: FakeServer) -> None:
 def test_a_sub_agents_request_says_so() -> None:
     body = {"messages": user("hi"), "prompt_cache_key": "run 7", "service_tier": "flex"}
     options = read_options(as_fields(body, ""), Sampling(), 300)
-    assert (options.group, options.patient) == ("run 7", True)
+    assert options.patient
+    other = read_options(as_fields({**body, "prompt_cache_key": "x" * 100_000}, ""), Sampling(), 300)
+    assert len(options.group) == len(other.group) == 32 and options.group != other.group
     plain = read_options(as_fields({"service_tier": "auto"}, ""), Sampling(), 300)
     assert (plain.group, plain.patient) == ("", False)

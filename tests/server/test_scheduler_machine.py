@@ -5,10 +5,9 @@ from typing import Any
 
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
 from hybrid.batch import Batch
-from server.policy import MOST_OVERTAKEN
 from server.request import Request
 from tests.server.house import GREEDY, House, assert_empty, assert_same_as_alone, small
 
@@ -74,11 +73,6 @@ class Lives(RuleBasedStateMachine):
         if self.flying is not None:
             self.land(0.1)
         assert all(self._finish(i) is not None for i, request in self.requests.items() if request.group == group)
-
-    @invariant()
-    def nobody_is_overtaken_without_end(self) -> None:
-        if hasattr(self, "house"):
-            assert all(one.overtaken <= MOST_OVERTAKEN for one in self.house.scheduler._waiting)
 
     def teardown(self) -> None:
         if not hasattr(self, "house"):

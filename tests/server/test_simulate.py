@@ -261,7 +261,7 @@ def test_percentiles_are_numpys(n: int) -> None:
 
 
 def test_percentiles_of_one_and_of_none() -> None:
-    assert percentiles([3.5]) == {"p50": 3.5, "p90": 3.5, "p99": 3.5}
+    assert percentiles([3.5]) == {"p50": 3.5, "p90": 3.5, "p95": 3.5, "p99": 3.5}
     assert percentiles([]) == {}
 
 
