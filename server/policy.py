@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from server.sequence import Sequence
 
-MOST_OVERTAKEN = 64  # later requests of its lane that may start before one that waits
+MOST_OVERTAKEN = 64  # later requests that may start before one that waits
 Line = tuple[bool, str]  # lane (patient?) and group
 
 

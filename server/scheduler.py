@@ -263,14 +263,17 @@ class Scheduler:
         coming = Coming(self._policy, self._pages)
         for reader in self._running if eligible else ():
             coming.add(reader)
-        started: bool | None = None
-        while left > 0 and (self._policy.bus or all(n == 1 for _, n in chunks)):
+        n_deferred, started = 0, None  # so many at most as there are places: hashing their prompts takes time
+        while (
+            left > 0 and n_deferred <= self.config.max_running and (self._policy.bus or all(n == 1 for _, n in chunks))
+        ):
             try:
                 sequence = next(order) if started is None else order.send(started)
             except StopIteration:
                 break
             started = False
             if self._policy.prefix_once and coming.worth_waiting(sequence):
+                n_deferred += 1
                 continue
             sequence.n_computed = self._pages.share(sequence.held, sequence.shareable)
             if not self._make_room(sequence, chunks):
@@ -303,7 +306,7 @@ class Scheduler:
         """Move it from the queue to the running ones."""
         at = bisect.bisect_left(self._waiting, sequence.number, key=_arrival)
         for earlier in self._waiting[:at]:
-            earlier.overtaken += self._policy.patient(earlier) == self._policy.patient(sequence)
+            earlier.overtaken += 1
         sequence.overtaken = 0
         self._running.append(self._waiting.pop(at))
         self._note_admission(sequence)

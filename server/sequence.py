@@ -21,7 +21,7 @@ class Sequence:
     cached_tokens: int | None = None  # of the first admission; None before it
     scores: list[TokenLogprob | None] = field(default_factory=lambda: [None])  # logprobs of the leading prompt ids
     cancelled: bool = False  # while in flight
-    overtaken: int = 0  # requests of its lane that came later and were started first
+    overtaken: int = 0  # requests that came later and were started first
     gave_way: int = 0  # times that it was preempted since its last token
 
     @property
