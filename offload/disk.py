@@ -11,11 +11,13 @@ import errno
 import mmap
 import os
 import threading
+import time
 from collections.abc import Iterable
 from pathlib import Path
 
 from offload.pool import STUCK_SECONDS, PoolError
 
+LOOK_SECONDS = 1.0  # between two looks at a disk that is waited for
 BLOCK = 4096  # offsets, lengths and addresses of direct reads are multiples of it
 PIECE = 1 << 20  # bytes of one pread
 THREADS = 8  # pieces under way
@@ -45,7 +47,8 @@ class Read:
     @property
     def done(self) -> bool:
         """Nobody writes into the memory any more: all is there, or there is an error, or it was cancelled."""
-        return self._under_way == 0 and self._settled
+        # In this order: once settled it stays so, while a piece may begin between two looks, as there is no lock here.
+        return self._settled and self._under_way == 0
 
     @property
     def begun(self) -> bool:
@@ -114,11 +117,14 @@ class DiskReader:
         """Until nobody writes into its memory any more. Raises PoolError where nothing comes for STUCK_SECONDS."""
         self.check()
         with self._lock:
-            while not read.done:
-                before = self.bytes_read
-                if not self._news.wait(STUCK_SECONDS) and not read.done and self.bytes_read == before:
-                    self._stuck = True
-                    break
+            idle = 0.0
+            while not read.done and not self._stuck:
+                before, began = self.bytes_read, time.monotonic()
+                self._news.wait(LOOK_SECONDS)
+                # A process that was stopped, or a machine, has not waited for the disk meanwhile.
+                waited = min(time.monotonic() - began, LOOK_SECONDS)
+                idle = idle + waited if self.bytes_read == before else 0.0
+                self._stuck = idle >= STUCK_SECONDS and not read.done
         self.check()
 
     def check(self) -> None:
@@ -149,8 +155,8 @@ class DiskReader:
                 read, start, stop, ahead = piece
             error, n_bytes = self._fetch(read, start, stop)
             with self._lock:
+                read.error = read.error or error  # before it can look done
                 read._under_way -= 1
-                read.error = read.error or error
                 self.bytes_read += n_bytes
                 self._ahead_under_way -= ahead
                 if read.done:
@@ -169,8 +175,9 @@ class DiskReader:
             if queue and (urgent or self._ahead_under_way < AHEAD_THREADS):
                 read = queue[0]
                 start = read._next
-                read._next = stop = min(start + PIECE, len(read._into))
+                stop = min(start + PIECE, len(read._into))
                 read._under_way += 1
+                read._next = stop
                 self._ahead_under_way += not urgent
                 return read, start, stop, not urgent
         return None

@@ -120,6 +120,8 @@ class Experts:
         self._seen = 0  # tokens, by the first layer
         self._room = 0, 0  # tokens and assignments that the buffers hold
         self._n_active = 0  # experts of the last job
+        self._active_address = 0  # of their list
+        self._lost = False  # the running layer was interrupted between two of its parts
 
     @property
     def n_workers(self) -> int:
@@ -293,6 +295,7 @@ class Experts:
         n_tokens, k = ids.shape
         if n_tokens > self._room[0] or n_tokens * k > self._room[1]:
             self._make_room(n_tokens, n_tokens * k)
+        self._job["active"], self._job["keep"] = self._active_address, 0  # a layer in parts has moved them
         self._n_active = begin(
             self._job_address, self._layer_addresses[index], self._store.geometry.n_experts, x.data_ptr(),
             ids.data_ptr(), weights.data_ptr(), n_tokens, k, result.data_ptr(), self._ends.ctypes.data,
@@ -307,7 +310,7 @@ class Experts:
         """Let the job's buffers hold so many."""
         job, n_experts = self._job, self._store.geometry.n_experts
         n_active = min(n_experts, n_assignments)
-        job["active"] = self._active.address(8 * ACTIVE_COLUMNS * n_active)
+        self._active_address = self._active.address(8 * ACTIVE_COLUMNS * n_active)
         job["tokens"] = self._tokens.address(8 * n_assignments)
         job["weights"] = self._weights.address(4 * n_assignments)
         job["x_records"] = self._x_records.address(n_tokens * int(job["gate_up"]["record_bytes"]))
@@ -321,11 +324,19 @@ class Experts:
             raise RuntimeError("this layer was waited for already")
         alive, self._late = self._late, None
         try:
+            if self._lost:
+                if self._pool.busy:
+                    self._pool.wait()
+                self._lost, self._pending = False, None
+                raise RuntimeError("the layer was interrupted while its experts came from the disk: submit it again")
             if alive is None:
                 self._pool.wait()
             else:
+                self._lost = True
                 self._run_parts(alive)
+                self._lost = False
         except PoolError:
+            self._lost = False
             self._pending = None
             raise
         finally:
@@ -337,15 +348,12 @@ class Experts:
     def _run_parts(self, alive: object) -> None:
         """The job, some experts after others as they come from the disk: added up in the same order as at once."""
         assert self._pager is not None
-        job, first_active = self._job, int(self._job["active"])
-        try:
-            for first, stop in self._pager.parts():
-                job["active"] = first_active + first * ACTIVE_COLUMNS * 8
-                job["n_active"], job["keep"] = stop - first, first
-                self._pool.submit(self._kernels.layer, self._job_address, alive)
-                self._pool.wait()
-        finally:
-            job["active"], job["keep"] = first_active, 0
+        job = self._job
+        for first, stop in self._pager.parts():
+            job["active"] = self._active_address + first * ACTIVE_COLUMNS * 8
+            job["n_active"], job["keep"] = stop - first, first
+            self._pool.submit(self._kernels.layer, self._job_address, alive)
+            self._pool.wait()
 
     def _running(self) -> npt.NDArray[np.int64]:
         """The experts of the job, ascending."""

@@ -97,7 +97,7 @@ class Slots:
         chance = np.where(self._certain[owners], 1.0, np.maximum(self._likely[owners], RAREST))
         distance = (owners // self._n_experts - self._now - 1) % self._n_layers + 1
         waits = distance + self._n_layers * (1 / chance - 1)
-        last = slots[np.argsort(-waits, kind="stable")[:count]]
+        last = slots if count >= len(slots) else slots[np.argpartition(-waits, count - 1)[:count]]
         gone: list[int] = self._owner[last].tolist()
         for slot in last.tolist():
             self._vacate(slot)

@@ -244,6 +244,7 @@ def _token_recorder(settings: ServerSettings, tokens: "ServedRecord") -> Callabl
             write_record(path, record)
         except OSError as error:
             logger.warning("--record-routing %s: cannot be written: %s", path, error.strerror)
+            return  # tried again later, and at the end
         written = tokens.n_tokens
 
     return write

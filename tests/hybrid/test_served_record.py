@@ -12,7 +12,7 @@ from hybrid.engine import Engine
 from hybrid.moe import Moe
 from hybrid.nano import record as nano
 from hybrid.routes import read_record, write_record
-from hybrid.served_record import ServedRecord
+from hybrid.served_record import OVERHEAD, ServedRecord
 from offload.config import PoolConfig
 
 MODEL = Path(nano.__file__).with_name("model")
@@ -94,7 +94,9 @@ def choose(served: ServedRecord) -> None:
 
 def test_it_stops_when_it_is_full() -> None:
     said: list[str] = []
-    served = ServedRecord(MODEL, said.append, most_bytes=5 * 2 * 2)  # five tokens of two experts, two bytes each
+    served = ServedRecord(
+        MODEL, said.append, most_bytes=5 * (2 * 2 + OVERHEAD)
+    )  # five tokens of two experts, two bytes each
     for _ in range(9):
         choose(served)
     made = served.record()

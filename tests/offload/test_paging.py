@@ -192,3 +192,26 @@ def test_other_workers_take_the_slots_over(small: MemoryStore, resident: Experts
     stats = other.paging()
     assert stats is not None and stats.hits == 2
     other.close()
+
+
+def test_an_interrupted_layer_is_never_half_an_answer(tmp_path: Path, resident: Experts) -> None:
+    """Ctrl-C between two parts: the job's record stays as it is while workers run, and the result is refused."""
+    experts = opened(paged(WHOLE, tmp_path / "experts", 2, 0, False))
+    x, weights = torch.randn(3, GEOMETRY.hidden), torch.rand(3, 2)
+    ids = torch.tensor([[0, 1], [2, 3], [4, 5]])
+    pending = experts.submit(1, x, ids, weights)
+    wait, waits = experts._pool.wait, []
+
+    def interrupted() -> None:
+        waits.append(1)
+        wait()
+        if len(waits) == 2:
+            raise KeyboardInterrupt
+
+    with patch.object(experts._pool, "wait", interrupted), pytest.raises(KeyboardInterrupt):
+        pending.wait()
+    with pytest.raises(RuntimeError, match="submit it again"):
+        pending.wait()
+    expected = resident.submit(1, x, ids, weights).wait()
+    assert torch.equal(experts.submit(1, x, ids, weights).wait(), expected)
+    experts.close()
