@@ -122,7 +122,7 @@ def test_counters(fake: KtExperts) -> None:
     stats = fake.stats()
     assert (stats.layers_run, stats.tokens, stats.assignments, stats.distinct_experts) == (2, 8, 24, 8)
     assert stats.bytes_read == 8 * 3 * 128 * 64 * 20 // 32  # 16 bytes and a float32 for 32 weights
-    assert stats.seconds > 0 and stats.hint_recall is None
+    assert stats.seconds > 0
     fake.hint(2, ids)
     assert not fake.wants_hints and fake.stats() == stats
     assert fake.n_workers == 2 and fake.isa == "fake"

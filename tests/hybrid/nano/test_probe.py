@@ -101,7 +101,9 @@ def shown(document: Encoded) -> str:
 
 def test_probes_name_what_never_trains() -> None:
     """Read back from the ids: parameters of made-up tools, and pairs of numbers."""
-    keys = [key for d in probes({unseen_tool: 40}, VOCABULARY) for key in re.findall(r"of a (\w+)\.\n", shown(d))]
+    keys = [
+        key for d in probes({unseen_tool: 40}, VOCABULARY) for key in re.findall(r"Get the .* of a (\w+)\.\n", shown(d))
+    ]
     assert len(keys) > 20
     assert all(words.is_held_out(key) for key in keys)
     sums = [re.search(r"(\d+) [+-] (\d+)", shown(d)) for d in probes({arithmetic: 40}, VOCABULARY)]
