@@ -75,7 +75,7 @@ class Layout:
     max_batch_tokens: int = MAX_BATCH_TOKENS
     kv_bytes: int | None = None  # of pages on the device, None for what is left
     page_size: int = 16
-    mapped: bool = False  # experts come from a mapped file, which may exceed RAM
+    mapped: bool = False  # experts come from the packed file, which may exceed RAM
     slots: tuple[int, ...] = ()  # experts in VRAM by MoE layer
     experts_leave_ram: bool = False  # those in VRAM
     embedding_in_ram: bool = False
@@ -273,7 +273,7 @@ def _host_experts(model: ModelConfig, layout: Layout) -> int:
 
 
 def _check_ram(facts: Facts, layout: Layout, experts: int, ram_left: int) -> None:
-    """Experts from the shards must lie in RAM as a whole; a mapped file may overflow it (slowly, and with a note)."""
+    """Experts from the shards must lie in RAM as a whole; a packed file's may overflow it (slowly, and with a note)."""
     if not layout.mapped and experts + HOST_RESERVE > facts.ram_free:
         needed = human(experts + HOST_RESERVE)
         raise PlacementError(f"RAM has {human(facts.ram_free)} free and {needed} are needed for the experts")
@@ -299,7 +299,7 @@ def _entries(model: ModelConfig, facts: Facts, layout: Layout, n_pages: int, in_
     yield Entry("device", f"workspace for {layout.max_batch_tokens} tokens (estimate)", workspace)
     reserve = HOST_RESERVE if facts.device == "cpu" else int(DEVICE_RESERVE * facts.device_total)
     yield Entry("device", "reserve", reserve)
-    source = "mapped from the packed file" if layout.mapped else "packed"
+    source = "from the packed file" if layout.mapped else "packed"
     yield Entry("RAM", f"{ROUTED}, {layout.expert_format}, {source}", held)
     buffers = f"experts' buffers for {layout.max_batch_tokens} tokens (estimate)"
     yield Entry("RAM", buffers, host_buffer_bytes(model, layout))
@@ -314,7 +314,7 @@ def _entries(model: ModelConfig, facts: Facts, layout: Layout, n_pages: int, in_
 def _kv_room(facts: Facts, spare: int, mapped: int) -> int:
     """Bytes that pages may take beyond one longest request.
 
-    On the CPU they share RAM with the page cache: they must not push mapped experts out of it.
+    On the CPU they share RAM with the experts of a packed file, and must leave them room.
     """
     if facts.device != "cpu":
         return spare
@@ -342,11 +342,11 @@ def _pages(model: ModelConfig, layout: Layout, spare: int, most: int) -> tuple[i
     return on_device, min(in_ram, max(0, useful - on_device)), longest
 
 
-def _overflow_note(mapped: int, page_cache: int) -> Iterator[str]:
-    if mapped > page_cache:
+def _overflow_note(mapped: int, free: int) -> Iterator[str]:
+    if mapped > free:
         yield (
-            f"the experts need {human(mapped)} of page cache and {human(max(page_cache, 0))} are free: "
-            "the rest is read from the disk again and again, which is slow"
+            f"the experts need {human(mapped)} of RAM and {human(max(free, 0))} are free: "
+            "the rest is read from the disk as it is needed, which is slow"
         )
 
 

@@ -128,7 +128,7 @@ def _experts(decision: Decision, settings: Settings) -> Choice:
         why = "a packed file lies beside the shards"
         if not task.wishes.packed:
             why = f"RAM has room for {human(free)}: run `{pack_command(task.wishes)}` first"
-        return Choice("routed experts", f"{kept}, mapped from the packed file", why)
+        return Choice("routed experts", f"{kept}, from the packed file", why)
     if settings.experts_leave_ram:
         gone = human(sum(settings.slots) * task.expert)
         why = f"RAM has room for {human(free)}; the {gone} in VRAM need no copy there"

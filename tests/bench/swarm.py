@@ -14,36 +14,18 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
-from subprocess import Popen
 from typing import Any
 
 import aiohttp
 
 from server import default_model
 from tests.bench import machine
-from tests.system.serving import Server, command, environment, free_port, stop, wait_ready
+from tests.system.serving import Server, serving
 
 FEW = 4  # places
 TIMEOUT = aiohttp.ClientTimeout(total=1800)
-
-
-@contextmanager
-def serving(model: Path, *flags: str) -> Iterator[Server]:
-    """A server until the end of the block."""
-    port = free_port()
-    with tempfile.TemporaryDirectory() as scratch:
-        log = Path(scratch) / "log"
-        with log.open("wb") as out:
-            process = Popen(command(model, port, *flags), stdout=out, stderr=out, env=environment())
-        server = Server(process, f"http://127.0.0.1:{port}", model.name, log)
-        try:
-            wait_ready(server)
-            yield server
-        finally:
-            stop(server)
 
 
 def prompts(given: argparse.Namespace, salt: str, shared: bool) -> list[list[int]]:
@@ -108,8 +90,9 @@ def main() -> int:
     given = parser.parse_args()
     where = machine.describe()
     with ExitStack() as stack:
-        swarm = stack.enter_context(serving(given.model, "--max-running", str(given.agents)))
-        few = stack.enter_context(serving(given.model, "--max-running", str(FEW)))
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        swarm = stack.enter_context(serving(given.model, folder / "swarm", "--max-running", str(given.agents)))
+        few = stack.enter_context(serving(given.model, folder / "few", "--max-running", str(FEW)))
         rounds = [one_round(swarm, few, given, n) for n in range(given.rounds)]
     print(f"{where['cpu']}, {where['cores']} cores; {given.agents} agents, {given.rounds} rounds")
     report: dict[str, Any] = {}

@@ -156,8 +156,8 @@ def test_experts_larger_than_ram_need_a_packed_file() -> None:
     with pytest.raises(PlacementError, match=r"this fits: `hybrid pack MODEL --expert-format int8`"):
         place(K25, small, replace(WISHES, expert_target="int8"))
     placement = place(K25, small, replace(WISHES, packed=True))
-    assert any("570.76 GB of page cache" in note for note in placement.notes)
-    assert "routed experts, int4, mapped from the packed file" in [entry.what for entry in placement.entries]
+    assert any("need 570.76 GB of RAM" in note for note in placement.notes)
+    assert "routed experts, int4, from the packed file" in [entry.what for entry in placement.entries]
 
 
 def test_cpu_counts_its_memory_once() -> None:

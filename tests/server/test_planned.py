@@ -172,7 +172,7 @@ def test_files_are_checked_before_anything_starts(tmp_path: Path, model: ModelCo
 def test_experts_get_what_the_ledger_leaves_them(model: ModelConfig, hardware: Hardware) -> None:
     """Only where the disk holds the rest: else what is free decides."""
     plan = plans.plan(model, hardware)
-    ram, disk = Line("RAM", f"{ROUTED}, int4, mapped from the packed file", 7000), Line("disk", f"{ROUTED} that", 500)
+    ram, disk = Line("RAM", f"{ROUTED}, int4, from the packed file", 7000), Line("disk", f"{ROUTED} that", 500)
     other = Line("RAM", "experts' buffers for 48 tokens (estimate)", 30)
     assert _expert_ram(replace(plan, ledger=(ram, other))) is None
     assert _expert_ram(replace(plan, ledger=(ram, other, disk))) == 7000

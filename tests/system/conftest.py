@@ -1,8 +1,7 @@
 """The real `hybrid serve` in its own process on loopback, over a tiny random Kimi-K2.5 checkpoint."""
 
-import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import openai
@@ -10,27 +9,15 @@ import pytest
 
 from hybrid.random_checkpoint import write_checkpoint
 from tests import families
-from tests.system.serving import ROOT, Serve, Server, command, environment, free_port, stop, wait_ready
+from tests.system.serving import Serve, Server, serving
 
 
 @pytest.fixture(scope="session")
 def serve(tmp_path_factory: pytest.TempPathFactory) -> Serve:
     """`with serve(model, *flags) as server:` runs a server and stops it afterwards."""
 
-    @contextmanager
-    def run(model: Path, *flags: str) -> Iterator[Server]:
-        port = free_port()
-        log = tmp_path_factory.mktemp("serve") / "stderr.txt"
-        with log.open("wb") as stderr:
-            process = subprocess.Popen(
-                command(model, port, *flags), cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=stderr
-            )
-        server = Server(process, f"http://127.0.0.1:{port}", model.name, log)
-        try:
-            wait_ready(server)
-            yield server
-        finally:
-            stop(server)
+    def run(model: Path, *flags: str) -> AbstractContextManager[Server]:
+        return serving(model, tmp_path_factory.mktemp("serve") / "stderr.txt", *flags)
 
     return run
 

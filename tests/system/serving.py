@@ -8,8 +8,8 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,6 +109,24 @@ def stop(server: Server) -> int:
         for process in server.tree():
             process.kill()
         raise
+
+
+@contextmanager
+def serving(
+    model: Path, log: Path, *flags: str, env: dict[str, str] | None = None, typed: Callable[..., list[str]] = command
+) -> Iterator[Server]:
+    """A server until the end of the block. `typed(model, port, *flags)` is the command line."""
+    port = free_port()
+    with log.open("wb") as stderr:
+        process = subprocess.Popen(
+            typed(model, port, *flags), cwd=ROOT, env=env or environment(), stdout=subprocess.DEVNULL, stderr=stderr
+        )
+    server = Server(process, f"http://127.0.0.1:{port}", model.name, log)
+    try:
+        wait_ready(server)
+        yield server
+    finally:
+        stop(server)
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,8 +4,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,7 +24,7 @@ from placement.profile import write_profile
 from placement.routing import read_routing
 from server import engine_builder
 from tests.reference import plans
-from tests.system.serving import NO_STOP, ROOT, Server, environment, free_port, stop, wait_ready
+from tests.system.serving import NO_STOP, ROOT, Server, environment, serving
 
 
 @pytest.fixture(scope="module")
@@ -43,18 +42,9 @@ def command(model: Path, port: int, *flags: str) -> list[str]:
     return [sys.executable, "-m", "server", "serve", "--model", str(model), "--port", str(port), *flags]
 
 
-@contextmanager
-def serving(model: Path, home: Path, *flags: str) -> Iterator[Server]:
+def served(model: Path, home: Path, *flags: str) -> AbstractContextManager[Server]:
     """A server whose user has measured nothing but what lies in `home`."""
-    port, log = free_port(), home / "stderr.txt"
-    with log.open("wb") as stderr:
-        process = subprocess.Popen(command(model, port, *flags), cwd=ROOT, env=own(home), stderr=stderr)
-    server = Server(process, f"http://127.0.0.1:{port}", model.name, log)
-    try:
-        wait_ready(server)
-        yield server
-    finally:
-        stop(server)
+    return serving(model, home / "stderr.txt", *flags, env=own(home), typed=command)
 
 
 def own(home: Path) -> dict[str, str]:
@@ -81,7 +71,7 @@ def test_a_plan_and_a_profile_in_force(tmp_path: Path, model_dir: Path, model: M
     write_plan(plan, plans.plan(model, hardware))
     write_profile(profile, plans.profile(hardware))
     flags = ("--plan", str(plan), "--profile", str(profile), "--record-routing", str(record))
-    with serving(model_dir, tmp_path, *flags) as server:
+    with served(model_dir, tmp_path, *flags) as server:
         log = server.log.read_text()
         # The ledger is drawn anew, with what is free now: the file's own has one line.
         assert "device KV: 77 pages of 8 tokens" in " ".join(log.split())
@@ -107,7 +97,7 @@ def test_a_plan_and_a_profile_in_force(tmp_path: Path, model_dir: Path, model: M
 
 def test_a_record_of_single_tokens(tmp_path: Path, model_dir: Path, model: ModelConfig) -> None:
     record = tmp_path / "routing.npz"
-    with serving(
+    with served(
         model_dir, tmp_path, "--device", "cpu", "--kv-memory", "8MB", "--record-routing", str(record)
     ) as server:
         with server.client() as client:
@@ -126,7 +116,7 @@ def test_a_server_plans_for_itself(tmp_path: Path, model_dir: Path, model: Model
     write_profile(tmp_path / "hybrid" / "profile.yaml", plans.profile(hardware, "its-own"))
     sizes = ("--max-running", "4", "--max-model-len", "512", "--kv-memory", "8MB", "--device", "cpu")
     flags = ("--expert-precision", "a16", "--experts", "auto", "--served-model-name", "clever")
-    with serving(model_dir, tmp_path, *flags, *sizes) as server:
+    with served(model_dir, tmp_path, *flags, *sizes) as server:
         log = server.log.read_text()
         assert "where the bytes go" in log
         assert "what it will bring (predicted from measured rates)" in log
@@ -159,7 +149,7 @@ def test_without_rates_one_line_says_so(tmp_path: Path, model_dir: Path, hardwar
         (tmp_path / "hybrid").mkdir()
         write_profile(tmp_path / "hybrid" / "profile.yaml", plans.profile(replace(hardware, cpu="another"), "old"))
         words = "no predictions: the profile old is of other hardware than this machine's: run `hybrid measure`"
-    with serving(model_dir, tmp_path, "--device", "cpu") as server:
+    with served(model_dir, tmp_path, "--device", "cpu") as server:
         assert server.log.read_text().count(words) == 1
         found = info(server)
     assert found["plan"]["prediction"] is None
