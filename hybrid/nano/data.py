@@ -13,7 +13,8 @@ from hybrid.nano import words
 from hybrid.nano.conversation import Conversation, Json, call_of, tool_of
 
 _BEFORE = ["Hello! ", "OK. ", "Next: ", "Hi, ", "Please: ", "Now: "]
-_POLITE = ["Please ", "Can you ", "Could you ", "Now ", "I want you to "]  # before an order, in small letters
+_ASKING = ["Can you ", "Could you "]
+_POLITE = [*_ASKING, "Please ", "Now ", "I want you to "]  # before an order, in small letters
 _ORDERS = words.table(
     "Calculate Call Compute Copy Find Get List Look Make Open Read Repeat Report Run Save Say Search Send Show Store "
     "Tell Try Use Write"
@@ -207,7 +208,10 @@ def phrase(rng: random.Random, phrasings: Sequence[str], held_out: bool) -> str:
         return phrasings[-1]
     asked = rng.choice(phrasings[:-1] or phrasings)
     if asked.split(" ")[0] in _ORDERS and rng.random() < 0.3:
-        asked = rng.choice(_POLITE) + asked[0].lower() + asked[1:]
+        polite = rng.choice(_POLITE)
+        asked = polite + asked[0].lower() + asked[1:]
+        if polite in _ASKING and asked.endswith("."):
+            asked = asked[:-1] + "?"
     before = rng.choice(_BEFORE) if rng.random() < 0.1 else ""
     after = rng.choice(_AFTER) if rng.random() < 0.1 else ""
     return before + asked + after

@@ -59,6 +59,13 @@ TEXT = Mixture(
     }
 )  # fmt: skip
 FULL = Mixture({**TEXT.shares, picture: 0.25})
+LONG_LISTS = Mixture(
+    {
+        copy_list: 0.15, known_tool: 0.4, unseen_tool: 0.12, sub_agent: 0.4, arithmetic: 0.25,
+        named(2, 5): 0.1, named(4, 12): 0.14, numbered(3, 12): 0.05, numbered(13, 40): 0.1, numbered(41, 100): 0.08,
+        talk: 0.12, picture: 0.25,
+    }
+)  # fmt: skip
 
 
 def vocabulary() -> Vocabulary:

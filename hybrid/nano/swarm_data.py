@@ -82,7 +82,7 @@ def counted_fan_out(rng: random.Random, held_out: bool, least: int, most: int) -
     listed = rng.choice(
         ["{}s {} to {}", "{}s {} to {}", "each of {}s {} to {}", "all {}s from {} to {}", "{}s {} - {}"]
     )
-    merged = n <= _LONG or (n <= _MERGED and (held_out or rng.random() < 0.3))  # long ones mostly teach to count
+    merged = n <= _LONG or (n <= _MERGED and (held_out or rng.random() < 0.6))
     return _swarm(rng, held_out, FIND, items, f"numbered {n}", listed.format(noun, first, first + n - 1), merged)
 
 

@@ -31,7 +31,7 @@ def answer(talk: Conversation) -> str:
 def question(talk: Conversation) -> str:
     """Which of the kind's questions is asked, whatever stands around it."""
     text = talk.messages[0]["content"][1]["text"]
-    (asked,) = [asked for kind in QUESTIONS.values() for asked in kind if asked[1:] in text]
+    (asked,) = [asked for kind in QUESTIONS.values() for asked in kind if asked[1:-1] in text]
     return asked
 
 
