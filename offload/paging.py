@@ -99,9 +99,9 @@ class Pager:
         assert n_slots >= LEAST_SLOTS, budget
         assert experts.start % LINE == experts.expert_bytes % LINE == 0, "kernels load whole lines"
         self._file, self._forced = experts, read_ahead
-        self._reader = DiskReader(experts.path)
         self._slots = Slots(n_slots, experts.n_layers, experts.n_experts)
         self._memory = huge_memory(n_slots * experts.slot_bytes)
+        self._reader = DiskReader(experts.path)  # last, since its threads would outlive an error
         self._base = address_of(self._memory)
         self.addresses = np.zeros((experts.n_layers, experts.n_experts, *experts.inside.shape), np.int64)
         self._flat = self.addresses.reshape(n_all, *experts.inside.shape)
