@@ -20,6 +20,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from server import args, chat_client, default_model
 from server.options import SettingsError
+from server.upstream import Upstream, UpstreamError, server_url
 
 FAILURE, CONFIGURATION, INTERRUPTED = 1, 78, 130
 
@@ -71,9 +72,7 @@ def _chat(given: argparse.Namespace, environ: Mapping[str, str]) -> int:
     if sys.stdin is not None and not is_terminal:  # None: standard input is closed
         prompt = "\n".join(part for part in (prompt, sys.stdin.read().strip()) if part)
     client = chat_client.ChatClient(
-        url=chat_client.server_url(given.url),
-        model=given.model,
-        api_key=given.api_key or environ.get("HYBRID_API_KEY"),
+        _upstream(given, environ),
         thinking=given.thinking,
         max_tokens=given.max_tokens,
     )
@@ -82,9 +81,13 @@ def _chat(given: argparse.Namespace, environ: Mapping[str, str]) -> int:
             asyncio.run(client.ask(prompt))
         else:
             chat_client.converse(client)
-    except chat_client.ChatError as error:
+    except UpstreamError as error:
         return _fail(str(error), FAILURE)
     return 0
+
+
+def _upstream(given: argparse.Namespace, environ: Mapping[str, str]) -> Upstream:
+    return Upstream(server_url(given.url), given.model, given.api_key or environ.get("HYBRID_API_KEY"))
 
 
 def _make_checkpoint(given: argparse.Namespace, environ: Mapping[str, str]) -> int:

@@ -9,7 +9,8 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 
-from server.chat_client import ChatClient, ChatError, printable, server_url
+from server.chat_client import ChatClient, printable
+from server.upstream import Upstream, UpstreamError, server_url
 
 
 class Scripted:
@@ -69,7 +70,7 @@ async def test_the_answer_and_reasoning_part_ways(
     script.say(reasoning_content="think [bold]")
     script.say(content="Grüß ")
     script.say(content="dich 🙂")
-    client = ChatClient(url, api_key="secret", thinking=False, max_tokens=5)
+    client = ChatClient(Upstream(url, api_key="secret"), thinking=False, max_tokens=5)
     await client.ask("hello")
     captured = capsys.readouterr()
     assert captured.out == "Grüß dich 🙂\n"
@@ -90,15 +91,15 @@ async def test_the_answer_and_reasoning_part_ways(
 
 async def test_the_mode_is_the_servers_unless_asked(scripted: tuple[Scripted, str]) -> None:
     script, url = scripted
-    await ChatClient(url, model="m").ask("x")
+    await ChatClient(Upstream(url, "m")).ask("x")
     assert script.asked[0] == {"model": "m", "messages": [{"role": "user", "content": "x"}], "stream": True}
 
 
 async def test_a_refusal_is_one_line_and_leaves_no_turn(scripted: tuple[Scripted, str]) -> None:
     script, url = scripted
     script.refusal = web.json_response({"error": {"message": "model not found", "code": "x"}}, status=404)
-    client = ChatClient(url, model="m")
-    with pytest.raises(ChatError, match=r"^the server answered 404: model not found$"):
+    client = ChatClient(Upstream(url, "m"))
+    with pytest.raises(UpstreamError, match=r"^the server answered 404: model not found$"):
         await client.ask("x")
     assert client.messages == []
 
@@ -107,8 +108,8 @@ async def test_an_error_event_keeps_what_came(scripted: tuple[Scripted, str]) ->
     script, url = scripted
     script.say(content="half")
     script.events.append(b'data: {"error": {"message": "the engine stopped"}}\n\n')
-    client = ChatClient(url, model="m")
-    with pytest.raises(ChatError, match="the engine stopped"):
+    client = ChatClient(Upstream(url, "m"))
+    with pytest.raises(UpstreamError, match="the engine stopped"):
         await client.ask("x")
     assert client.messages[-1] == {"role": "assistant", "content": "half"}
 
@@ -117,7 +118,7 @@ async def test_cancelling_hangs_up(scripted: tuple[Scripted, str]) -> None:
     script, url = scripted
     script.say(content="on and on")
     script.hang = True
-    client = ChatClient(url, model="m")
+    client = ChatClient(Upstream(url, "m"))
     task = asyncio.create_task(client.ask("x"))
     while not script.asked:
         await asyncio.sleep(0.01)
@@ -132,8 +133,8 @@ async def test_cancelling_hangs_up(scripted: tuple[Scripted, str]) -> None:
 async def test_a_stranger_on_the_port(scripted: tuple[Scripted, str]) -> None:
     script, url = scripted
     script.events.append(b"data: hello\n\n")
-    with pytest.raises(ChatError, match="no OpenAI-compatible server"):
-        await ChatClient(url, model="m").ask("x")
+    with pytest.raises(UpstreamError, match="no OpenAI-compatible server"):
+        await ChatClient(Upstream(url, "m")).ask("x")
 
 
 @pytest.mark.parametrize("text", ["http://h:1", "http://h:1/", "http://h:1/v1", "http://h:1/v1/", "h:1", "h:1/v1"])
