@@ -19,6 +19,8 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from server import args, chat_client, default_model
+from server.agents.journal import JournalError
+from server.agents.run import RunFailed
 from server.options import SettingsError
 from server.upstream import Upstream, UpstreamError, server_url
 
@@ -31,6 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     commands: dict[str, Callable[[argparse.Namespace, Mapping[str, str]], int]] = {
         "serve": _serve,
         "chat": _chat,
+        "swarm": _swarm,
         "make-checkpoint": _make_checkpoint,
         "pack": _pack,
         "version": _version,
@@ -84,6 +87,29 @@ def _chat(given: argparse.Namespace, environ: Mapping[str, str]) -> int:
     except UpstreamError as error:
         return _fail(str(error), FAILURE)
     return 0
+
+
+def _swarm(given: argparse.Namespace, environ: Mapping[str, str]) -> int:
+    from server import swarm
+
+    try:
+        tools = swarm.base_tools(given.workspace, given.search_url)
+    except OSError as error:
+        return _fail(f"--workspace {given.workspace}: {error.strerror}; name a directory", CONFIGURATION)
+    asked = swarm.Swarm(
+        _upstream(given, environ),
+        tools,
+        args.limits_of(given),
+        chat_client.options(given.thinking, given.max_tokens),
+        given.log or swarm.default_log(environ),
+    )
+    try:
+        outcome = asyncio.run(asked.run(" ".join(given.task), Console(stderr=True)))
+    except (RunFailed, JournalError) as error:
+        return _fail(str(error), FAILURE)
+    print(chat_client.printable(outcome.answer) if sys.stdout.isatty() else outcome.answer)
+    _tell(swarm.cost_of(outcome))
+    return FAILURE if outcome.limit else 0
 
 
 def _upstream(given: argparse.Namespace, environ: Mapping[str, str]) -> Upstream:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from server import default_model, planning_args
+from server.agents.budget import Limits
 from server.options import Option, SettingsError, read_environment, read_file, refuse_settled, server_options
 from server.planning_args import positive
 from server.settings import ServerSettings
@@ -18,6 +19,13 @@ SOURCES = """\
 Every option is also a key of the YAML file (without the dashes) and an environment variable (HYBRID_ and the name
 in capitals): --max-model-len, max-model-len: and HYBRID_MAX_MODEL_LEN. A flag beats a variable, a variable beats the
 file."""
+
+LIMITS = (
+    ("--max-seconds", "seconds", "seconds"),
+    ("--max-total-tokens", "tokens", "tokens, read and written,"),
+    ("--max-tool-calls", "tool_calls", "tool calls"),
+    ("--max-subagents", "subagents", "sub-agents"),
+)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -28,6 +36,7 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_serve(commands)
     _add_chat(commands)
+    _add_swarm(commands)
     _add_make_checkpoint(commands)
     _add_pack(commands)
     planning_args.add_commands(commands)
@@ -129,13 +138,47 @@ def _add_chat(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
         "else a conversation starts. The answer goes to standard output, reasoning to standard error.",
     )
     chat.add_argument("prompt", nargs="*", help="what to ask")
-    chat.add_argument("--url", default="http://127.0.0.1:8000", help="the server (default: %(default)s)")
-    chat.add_argument("--model", help="model name (default: the first one the server lists)")
-    chat.add_argument("--api-key", help="key to send (default: the variable HYBRID_API_KEY)")
-    chat.add_argument("--max-tokens", type=positive, metavar="N", help="longest answer (default: the server's)")
-    mode = chat.add_mutually_exclusive_group()
+    _add_upstream(chat)
+
+
+def _add_upstream(command: argparse.ArgumentParser) -> None:
+    """Which server is asked, and how."""
+    command.add_argument("--url", default="http://127.0.0.1:8000", help="the server (default: %(default)s)")
+    command.add_argument("--model", help="model name (default: the first one the server lists)")
+    command.add_argument("--api-key", help="key to send (default: the variable HYBRID_API_KEY)")
+    command.add_argument("--max-tokens", type=positive, metavar="N", help="longest answer (default: the server's)")
+    mode = command.add_mutually_exclusive_group()
     mode.add_argument("--thinking", dest="thinking", action="store_true", default=None, help="let the model reason")
     mode.add_argument("--instant", dest="thinking", action="store_false", help="answer at once")
+
+
+def _add_swarm(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    swarm = commands.add_parser(
+        "swarm",
+        help="give a task to an orchestrator and its sub-agents",
+        description="Give a task to an orchestrator, which creates sub-agents and lets them work in parallel, against "
+        "a running server (hybrid, or any that speaks OpenAI's chat completions with tools). The answer goes to "
+        "standard output, the agents and the cost to standard error. Every turn and result is logged in --log.",
+    )
+    swarm.add_argument("task", nargs="+", help="what to do")
+    _add_upstream(swarm)
+    swarm.add_argument("--workspace", type=Path, metavar="DIR", help="let agents read, write and list files in here")
+    swarm.add_argument("--search-url", metavar="URL", help="let agents search the web with this SearXNG")
+    swarm.add_argument("--log", type=Path, metavar="FILE", help="SQLite file of all runs (default: in XDG_STATE_HOME)")
+    for flag, limit, what in LIMITS:
+        swarm.add_argument(
+            flag,
+            dest=f"limit_{limit}",
+            type=positive,
+            metavar="N",
+            default=int(getattr(Limits(), limit)),
+            help=f"most {what} of the run (default: %(default)s)",
+        )
+
+
+def limits_of(given: argparse.Namespace) -> Limits:
+    """The limits of `swarm`."""
+    return Limits(**{limit: getattr(given, f"limit_{limit}") for _, limit, _ in LIMITS})
 
 
 def _add_make_checkpoint(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

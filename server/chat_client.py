@@ -32,9 +32,10 @@ class ChatClient:
     async def ask(self, prompt: str) -> None:
         """Send one turn and print the answer as it comes. The turn is kept only where an answer came."""
         turn = {"role": "user", "content": prompt}
+        body = {"messages": [*self.messages, turn], **options(self.thinking, self.max_tokens)}
         reply = _Reply()
         try:
-            async with aclosing(self.upstream.stream(self._body([*self.messages, turn]))) as events:
+            async with aclosing(self.upstream.stream(body)) as events:
                 async for event in events:
                     reply.show(event)
         finally:
@@ -42,13 +43,15 @@ class ChatClient:
             if reply.text:
                 self.messages += [turn, {"role": "assistant", "content": reply.text}]
 
-    def _body(self, messages: list[Json]) -> Json:
-        body: Json = {"messages": messages}
-        if self.thinking is not None:
-            body["thinking"] = {"type": "enabled" if self.thinking else "disabled"}
-        if self.max_tokens is not None:
-            body["max_tokens"] = self.max_tokens
-        return body
+
+def options(thinking: bool | None, max_tokens: int | None) -> Json:
+    """What goes with a request; None leaves it to the server."""
+    body: Json = {}
+    if thinking is not None:
+        body["thinking"] = {"type": "enabled" if thinking else "disabled"}
+    if max_tokens is not None:
+        body["max_tokens"] = max_tokens
+    return body
 
 
 def converse(client: ChatClient) -> None:

@@ -1,0 +1,1 @@
+"""Agents: a model that calls tools and, as an orchestrator, creates sub-agents and gives them tasks."""
