@@ -26,7 +26,7 @@ class LatentCache:
         return self.entries.shape[2]
 
     def storage(self) -> tuple[torch.Tensor, ...]:
-        """All memory of the cache, as tensors of (L, P, page_size, …) each: a page is its place in every one of them."""
+        """All memory of the cache, as tensors (L, P, page_size, …): a page is its place in every one of them."""
         return (self.entries,)
 
     def write(self, layer: int, slots: torch.Tensor, latent: torch.Tensor) -> None:
