@@ -119,7 +119,8 @@ class EngineStats:
     prefix_queries: int = 0  # prompt tokens looked up
     prefix_hits: int = 0  # prompt tokens found in shared pages, in either tier
     demoted: int = 0  # pages copied to RAM
-    promoted: int = 0  # pages copied from RAM, each full of tokens that were not computed again
+    promoted: int = 0  # pages copied from RAM
+    ram_hits: int = 0  # tokens in them, which were not computed again: of new requests and of preempted ones
     steps: int = 0
     step_seconds: float = 0.0
     expert_bytes: int = 0

@@ -146,6 +146,7 @@ class Scheduler:
             ram_pages_total=ram.n_pages,
             demoted=ram.n_demoted,
             promoted=ram.n_promoted,
+            ram_hits=ram.n_promoted * self.config.page_size,
         )
 
     def check(self) -> None:
