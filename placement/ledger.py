@@ -1,10 +1,9 @@
 """The ledger of bytes: what goes on the device and what into RAM, settled before a tensor is read.
 
 The device holds everything but the routed experts, RAM holds those, and the KV pages take what is left; beyond that a
-`Layout` may put experts into VRAM slots, and the embedding and KV pages into RAM. RAM that is left beside a device keeps
-KV pages of requests that do not run. `place` and `fit` are pure functions
-of the model's config, what is asked and the facts, so they also answer for a model that is not on the disk and a
-machine that is not this one; `read_facts` is the only part that looks around.
+`Layout` may put experts into VRAM slots, and the embedding and KV pages into RAM, which keeps pages of requests that
+wait too. `place` and `fit` are pure functions of the model's config, what is asked and the facts, so they also answer
+for a model that is not on the disk and a machine that is not this one; `read_facts` alone looks around.
 Knows no speeds and no requests. The engine process and the planner call it.
 """
 
