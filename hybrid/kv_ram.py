@@ -1,13 +1,13 @@
 """The second tier of the latent cache: pages in RAM, copied from and to the device before a step's rows.
 
-A page lies here as one piece over all layers, so that it crosses the link in one copy; on the device it is gathered, or
-scattered, by one operation for many pages. Everything is put on the device's current stream in order and nothing waits:
-the host never looks at what lies here. Without CUDA the same code makes plain copies.
+A page lies here as one piece over all layers, so that it crosses the link in one copy; on the device torch gathers it
+first, or scatters it afterwards. Everything is put on the device's current stream in order and nothing waits: the host
+never looks at what lies here. Without CUDA the same code makes plain copies.
 
 Which prefix lies in which page is `hybrid.pages`' business. Called by `hybrid.engine`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,10 +15,7 @@ import torch
 from hybrid.batch import Moves
 from hybrid.config import ConfigError
 
-PIECE_PAGES = 32  # gathered at a time: 36 MB of buffer on the device for K2.5 in bf16
 WORDS = (torch.int64, torch.int32, torch.int16)
-
-Pairs = Sequence[tuple[int, int]]  # (device page, RAM page)
 
 
 class RamTier:
@@ -44,10 +41,10 @@ class RamTier:
         """Copy all that goes out, then all that comes in."""
         check_moves(moves, self._device[0].shape[1], self.n_pages)
         for device, host in zip(self._device, self._host, strict=True):
-            for piece in _pieces(moves.demoted):
-                _copy_out(device, host, piece)
-            for piece in _pieces([(page, ram) for ram, page in moves.promoted]):
-                _copy_in(device, host, piece)
+            for page, to in moves.demoted:
+                host[to].copy_(device[:, page], non_blocking=True)
+            for source, page in moves.promoted:
+                device[:, page].copy_(host[source], non_blocking=True)
 
     def close(self) -> None:
         """Let go of the memory. No step may be running."""
@@ -65,39 +62,8 @@ def check_moves(moves: Moves, n_pages: int, n_ram_pages: int) -> None:
         assert len({b for _, b in pairs}) == len(pairs), "two moves have the same goal"
 
 
-def _copy_out(device: torch.Tensor, host: torch.Tensor, pairs: Pairs) -> None:
-    index = torch.tensor([page for page, _ in pairs], device=device.device)
-    gathered = device.index_select(1, index).transpose(0, 1).contiguous()  # (n, L, W)
-    for at, first, n in _runs(pairs):
-        host[first : first + n].copy_(gathered[at : at + n], non_blocking=True)
-
-
-def _copy_in(device: torch.Tensor, host: torch.Tensor, pairs: Pairs) -> None:
-    index = torch.tensor([page for page, _ in pairs], device=device.device)
-    gathered = torch.empty((len(pairs), *host.shape[1:]), dtype=device.dtype, device=device.device)  # (n, L, W)
-    for at, first, n in _runs(pairs):
-        gathered[at : at + n].copy_(host[first : first + n], non_blocking=True)
-    device.index_copy_(1, index, gathered.transpose(0, 1))
-
-
-def _pieces(pairs: Pairs) -> Iterator[Pairs]:
-    """So many as the buffer holds, in the order of RAM pages: neighbours there cross together."""
-    ordered = sorted(pairs, key=lambda pair: pair[1])
-    for at in range(0, len(ordered), PIECE_PAGES):
-        yield ordered[at : at + PIECE_PAGES]
-
-
-def _runs(pairs: Pairs) -> Iterator[tuple[int, int, int]]:
-    """(place in the piece, first RAM page, number) of each run of neighbours in RAM."""
-    start = 0
-    for i in range(1, len(pairs) + 1):
-        if i == len(pairs) or pairs[i][1] != pairs[i - 1][1] + 1:
-            yield start, pairs[start][1], i - start
-            start = i
-
-
 def _as_words(tensor: torch.Tensor) -> torch.Tensor:
-    """The same memory as (L, P, W) whole numbers, the widest that divide a page: not every type can be gathered."""
+    """The same memory as (L, P, W) whole numbers, the widest that divide a page."""
     octets = tensor.flatten(2).view(torch.uint8)
     fitting = (dtype for dtype in WORDS if octets.shape[2] % dtype.itemsize == 0)
     return octets.view(next(fitting, torch.uint8))
