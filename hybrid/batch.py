@@ -55,10 +55,20 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True)
+class Moves:
+    """KV pages copied between the device and RAM before a step's rows, as (from, to): first all that go out, then all
+    that come in. No page is the goal of two."""
+
+    demoted: tuple[tuple[int, int], ...] = ()  # device page, RAM page
+    promoted: tuple[tuple[int, int], ...] = ()  # RAM page, device page
+
+
+@dataclass(frozen=True, slots=True)
 class Batch:
     """The rows of one step; at most one row for a request."""
 
     rows: tuple[Row, ...]
+    moves: Moves = Moves()
 
     @property
     def n_tokens(self) -> int:

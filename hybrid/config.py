@@ -241,7 +241,7 @@ class EngineConfig:
     `mla` "auto" takes the cheaper of the two attention paths for each row; the others force one, for tests.
     `experts` is who runs the routed experts: our kernels, kt-kernel, or the faster of the two after a trial.
     `expert_ram` bytes are for experts that a packed file holds; None takes what is free when they are opened, less the
-    cache and HOST_RESERVE.
+    cache and HOST_RESERVE. `n_ram_pages` pages more lie in RAM, for prefixes that no running request holds.
     """
 
     model: Path
@@ -254,6 +254,7 @@ class EngineConfig:
     mla: Literal["auto", "naive", "absorbed"] = "auto"
     experts: Literal["numba", "kt", "auto"] = "numba"
     expert_ram: int | None = None
+    n_ram_pages: int = 0
 
 
 def is_router(name: str) -> bool:

@@ -16,6 +16,7 @@ from hybrid.batch import Batch, Row, RowOutput, StepOutput, TokenLogprob
 from hybrid.config import LOGIT_ROWS, ConfigError, EngineConfig, ModelConfig
 from hybrid.inputs import check_rows, row_starts, upload
 from hybrid.kv import allocate
+from hybrid.kv_ram import RamTier
 from hybrid.model import build_model
 from hybrid.moe import Watch
 from hybrid.sampler import sample_rows, score
@@ -78,13 +79,16 @@ class Engine:
         self._experts = self._open_experts(backend, topology, progress, notice)
         self._transformer = build_model(self.model, self._tensors, self._experts, config.mla, watch)
         self._cache = allocate(self.model, config.n_pages, config.page_size, dtype, self._device)
+        self._ram_tier = RamTier(self._cache.storage(), config.n_ram_pages)
 
     def step(self, batch: Batch) -> StepOutput:
-        """Compute the new ids of every row, fill their cache pages, and answer each row in the batch's order."""
+        """Move pages between the tiers, compute the new ids of every row, fill their cache pages, and answer each row
+        in the batch's order."""
         began = time.perf_counter()
         check_rows(batch.rows, self._config.n_pages, self._config.page_size, self.model.vocab_size)
         before = self._experts.stats()
         with torch.inference_mode():
+            self._ram_tier.move(batch.moves)
             inputs = upload(batch, self._config.page_size, self._device)
             hidden = self._transformer.hidden(inputs, self._cache)  # (T, D)
             rows = self._answer(batch.rows, hidden)
@@ -120,6 +124,7 @@ class Engine:
     def close(self) -> None:
         """Stop the expert workers and let go of their memory."""
         self._experts.close()
+        self._ram_tier.close()
         self._checkpoint.close()
 
     def _published(self) -> Published:

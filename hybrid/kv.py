@@ -25,6 +25,10 @@ class LatentCache:
         """Tokens of one page."""
         return self.entries.shape[2]
 
+    def storage(self) -> tuple[torch.Tensor, ...]:
+        """All memory of the cache, as tensors (L, P, page_size, …): a page is its place in every one of them."""
+        return (self.entries,)
+
     def write(self, layer: int, slots: torch.Tensor, latent: torch.Tensor) -> None:
         """Store (T, C + R) at `slots` (T,), where slot = page * page_size + offset.
 

@@ -1,9 +1,9 @@
 """The ledger of bytes: what goes on the device and what into RAM, settled before a tensor is read.
 
 The device holds everything but the routed experts, RAM holds those, and the KV pages take what is left; beyond that a
-`Layout` may put experts into VRAM slots, and the embedding and KV pages into RAM. `place` and `fit` are pure functions
-of the model's config, what is asked and the facts, so they also answer for a model that is not on the disk and a
-machine that is not this one; `read_facts` is the only part that looks around.
+`Layout` may put experts into VRAM slots, and the embedding and KV pages into RAM, which keeps pages of requests that
+wait too. `place` and `fit` are pure functions of the model's config, what is asked and the facts, so they also answer
+for a model that is not on the disk and a machine that is not this one; `read_facts` alone looks around.
 Knows no speeds and no requests. The engine process and the planner call it.
 """
 
@@ -16,6 +16,7 @@ from typing import Literal
 from hybrid.config import KEY_BLOCK, LOGIT_ROWS, QUERY_BLOCK, ModelConfig, is_router
 from offload.config import GROUP, ExpertFormat, Isa, Precision
 from placement.facts import Facts
+from placement.kept import kept_pages
 from placement.plan import WeightDtype
 
 ExpertTarget = Literal["native", "int8", "int4"]
@@ -56,6 +57,7 @@ class Wishes:
     max_running: int | None = None
     max_batch_tokens: int | None = None
     kv_bytes: int | None = None
+    kv_ram: int | None = None  # bytes of pages that RAM keeps
     page_size: int = 16  # tokens
     packed: bool = False  # a packed file of the experts in this format lies beside the shards
     precision: Precision = "a8"
@@ -80,7 +82,8 @@ class Layout:
     experts_leave_ram: bool = False  # those in VRAM
     embedding_in_ram: bool = False
     ring_experts: int = 0  # buffers for experts on their way to the device
-    kv_in_ram: int = 0  # room for pages in RAM
+    kv_in_ram: int = 0  # room for pages in RAM that are read over the link in every step
+    kept_in_ram: int | None = None  # of pages for prefixes that no running request holds, None for a share of the rest
     amx: bool = False  # the CPU's tier, which keeps copies of its inputs
 
 
@@ -103,7 +106,8 @@ class Placement:
     page_size: int
     max_model_len: int
     notes: tuple[str, ...] = ()
-    pages_in_ram: int = 0
+    pages_in_ram: int = 0  # of running requests
+    pages_kept: int = 0  # in RAM, for prefixes
     from_disk: float = 0.0  # share of the experts outside VRAM that RAM does not hold
 
     def n_bytes(self, where: Where) -> int:
@@ -131,6 +135,7 @@ def layout_of(model: ModelConfig, facts: Facts, wishes: Wishes) -> Layout:
         max_running=wishes.max_running or MAX_RUNNING,
         max_batch_tokens=wishes.max_batch_tokens or MAX_BATCH_TOKENS,
         kv_bytes=wishes.kv_bytes,
+        kept_in_ram=wishes.kv_ram,
         page_size=wishes.page_size,
         mapped=wishes.packed,
         amx=wishes.isa == "amx",
@@ -149,11 +154,15 @@ def fit(model: ModelConfig, facts: Facts, layout: Layout) -> Placement:
     n_pages, in_ram, max_model_len = _pages(model, layout, spare, _kv_room(facts, spare, mapped))
     page = page_bytes(model, layout)
     page_cache = spare - n_pages * page if facts.device == "cpu" else ram_left + layout.kv_in_ram - in_ram * page
+    free = page_cache - mapped if facts.device == "cuda" else 0  # on the CPU there is one memory, so one tier
+    all_running = -(-max_model_len // layout.page_size) * layout.max_running
+    kept = kept_pages(layout.kept_in_ram, free, page, all_running)
+    page_cache -= kept * page if layout.kept_in_ram is None else 0  # `room` has counted what was asked for
     held = min(experts, max(page_cache, 0)) if layout.mapped else experts
     notes = (*_overflow_note(mapped, page_cache), *_length_note(model, layout, max_model_len))
-    entries = tuple(_entries(model, facts, layout, n_pages, in_ram, held))
+    entries = tuple(_entries(model, facts, layout, (n_pages, in_ram, kept), held))
     from_disk = 1 - held / experts if experts else 0.0
-    return Placement(facts, entries, n_pages, layout.page_size, max_model_len, notes, in_ram, from_disk)
+    return Placement(facts, entries, n_pages, layout.page_size, max_model_len, notes, in_ram, kept, from_disk)
 
 
 def room(model: ModelConfig, facts: Facts, layout: Layout) -> tuple[int, int]:
@@ -166,11 +175,11 @@ def room(model: ModelConfig, facts: Facts, layout: Layout) -> tuple[int, int]:
     device = sum(weights.values()) - moved + (sum(layout.slots) + layout.ring_experts) * expert
     device += kv_buffer_bytes(model, layout.kv_in_ram)
     spare = facts.device_free - reserve - workspace_bytes(model, layout) - device
-    buffers = host_buffer_bytes(model, layout)
+    host = experts + host_buffer_bytes(model, layout) + (layout.kept_in_ram or 0)
     if facts.device == "cpu":
-        spare -= experts + buffers
+        spare -= host
         return spare, spare
-    return spare, facts.ram_free - HOST_RESERVE - experts - buffers - moved - layout.kv_in_ram
+    return spare, facts.ram_free - HOST_RESERVE - host - moved - layout.kv_in_ram
 
 
 def group_of(name: str) -> str:
@@ -281,7 +290,10 @@ def _check_ram(facts: Facts, layout: Layout, experts: int, ram_left: int) -> Non
         raise PlacementError(f"RAM has {human(facts.ram_free)} free and {human(facts.ram_free - ram_left)} are needed")
 
 
-def _entries(model: ModelConfig, facts: Facts, layout: Layout, n_pages: int, in_ram: int, held: int) -> Iterator[Entry]:
+def _entries(
+    model: ModelConfig, facts: Facts, layout: Layout, pages: tuple[int, int, int], held: int
+) -> Iterator[Entry]:
+    n_pages, in_ram, kept = pages
     weights, page = _weights(model, layout), page_bytes(model, layout)
     expert = model.expert_geometry.expert_bytes(layout.expert_format)
     experts, slots = _host_experts(model, layout), sum(layout.slots)
@@ -307,6 +319,8 @@ def _entries(model: ModelConfig, facts: Facts, layout: Layout, n_pages: int, in_
         yield Entry("RAM", "embedding", weights["embedding"])
     if in_ram:
         yield Entry("RAM", f"KV: {in_ram} pages of {layout.page_size} tokens", in_ram * page)
+    if kept:
+        yield Entry("RAM", f"kept KV: {kept} pages of {layout.page_size} tokens", kept * page)
     if held < experts:
         yield Entry("disk", f"{ROUTED} that RAM has no room for", experts - held)
 
@@ -360,6 +374,8 @@ def _remedy(model: ModelConfig, facts: Facts, wishes: Wishes) -> str:
     changes: list[tuple[str, Wishes]] = [("--max-model-len {}", replace(wishes, max_model_len=None))]
     if wishes.kv_bytes is not None:
         changes.append(("no --kv-memory", replace(wishes, kv_bytes=None)))
+    if wishes.kv_ram:
+        changes.append(("no --kv-ram", replace(wishes, kv_ram=None)))
     if wishes.dtype == "float32":
         changes.append(("--dtype bfloat16", replace(wishes, dtype="bfloat16")))
     if not wishes.packed:

@@ -20,8 +20,8 @@ WeightDtype = Literal["float32", "bfloat16", "fp8", "int8"]
 GoalKind = Literal["latency", "throughput", "swarm"]
 # What a plan may want of the engine beyond what every engine does.
 Ability = Literal[
-    "fp8 weights", "int8 weights", "experts in VRAM", "experts leaving RAM", "streaming prefill", "KV in RAM",
-    "embedding in RAM",
+    "fp8 weights", "int8 weights", "experts in VRAM", "experts leaving RAM", "streaming prefill",
+    "KV streamed from RAM", "embedding in RAM",
 ]  # fmt: skip
 ENGINE_ABILITIES: frozenset[Ability] = frozenset()  # of this version; a plan that needs others is not served
 
@@ -103,10 +103,11 @@ class Settings:
     stream_from_rows: float | None  # an expert with more rows is cheaper over the link than on the CPU
     page_size: Count
     pages_on_device: Count
-    pages_in_ram: int
+    pages_in_ram: int  # of running requests, read over the link in every step
     max_batch_tokens: Count  # the chunk of a prefill
     max_running: Count
     max_model_len: Count
+    pages_kept: int = 0  # in RAM, for prefixes that no running request holds; copied to the device before use
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +148,7 @@ class Plan:
             "experts in VRAM": any(settings.slots),
             "experts leaving RAM": settings.experts_leave_ram,
             "streaming prefill": settings.ring > 0 or settings.stream_from_rows is not None,
-            "KV in RAM": settings.pages_in_ram > 0,
+            "KV streamed from RAM": settings.pages_in_ram > 0,
             "embedding in RAM": settings.embedding_in_ram,
         }
         return tuple(sorted(ability for ability, wanted in asked.items() if wanted))

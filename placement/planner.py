@@ -189,6 +189,8 @@ def _changes(wishes: Wishes) -> list[tuple[str, Wishes]]:
         found.append((f"experts mapped from the file of `{pack_command(wishes)}`", mapped))
     if wishes.kv_bytes is not None:
         found.append(("no --kv-memory", replace(wishes, kv_bytes=None)))
+    if wishes.kv_ram:
+        found.append(("no --kv-ram", replace(wishes, kv_ram=None)))
     if wishes.dtype is not None:
         found.append((f"other weights than {wishes.dtype}", replace(wishes, dtype=None)))
         found.append((f"experts mapped and other weights than {wishes.dtype}", replace(mapped, dtype=None)))
@@ -249,6 +251,7 @@ def _settings(decision: Decision) -> Settings:
         max_batch_tokens=layout.max_batch_tokens,
         max_running=min(held, layout.max_running) if crowded else layout.max_running,
         max_model_len=placement.max_model_len,
+        pages_kept=placement.pages_kept,
     )
 
 

@@ -162,6 +162,8 @@ def _pages(decision: Decision, settings: Settings) -> Choice:
     value = f"{settings.pages_on_device} pages on the device, {human(settings.pages_on_device * page)}"
     if settings.pages_in_ram:
         value += f", and {settings.pages_in_ram} in RAM"
+    if settings.pages_kept:
+        value += f"; {settings.pages_kept} in RAM for requests that wait, {human(settings.pages_kept * page)}"
     needed = cached_tokens(task.goal, task.goal.concurrency)
     if task.wishes.kv_bytes is not None:
         return Choice("KV pages", value, "as asked")

@@ -45,7 +45,8 @@ OnMessage = Callable[[LoadProgress | Notice | Ready], None]
 
 BUILD_ENGINE = "server.engine_builder:build_engine"
 EXIT_SECONDS = 10.0  # how long a child that was asked to leave may take before it is killed
-GAUGES = ("running", "waiting", "pages_used", "pages_total")  # of EngineStats; every other field is a counter
+# Of EngineStats; every other field is a counter.
+GAUGES = ("running", "waiting", "pages_used", "pages_total", "ram_pages_used", "ram_pages_total")
 
 
 class EngineBridge:

@@ -92,6 +92,7 @@ def build_engine(settings: ServerSettings, progress: OnProgress, notice: OnNotic
         page_size=chosen.page_size,
         max_batch_tokens=chosen.max_batch_tokens,
         max_running=chosen.max_running,
+        n_ram_pages=chosen.pages_kept,
     )
     return Built(
         step=tokens.recording(engine.step) if tokens else engine.step,
@@ -155,6 +156,7 @@ def _engine_config(settings: ServerSettings, plan: Plan) -> EngineConfig:
         page_size=chosen.page_size,
         experts=settings.experts,
         expert_ram=_expert_ram(plan),
+        n_ram_pages=chosen.pages_kept,
     )
 
 
@@ -179,7 +181,8 @@ def _still_fits(plan: Plan, model: ModelConfig, facts: Facts, wishes: Wishes, pa
         placement = fit(model, facts, layout)
     except PlacementError as error:
         raise PlacementError(f"{path}: the plan does not fit now: {error}; {again}") from None
-    assert placement.n_pages == plan.settings.pages_on_device, "the pages are the plan's"
+    now, made = (placement.n_pages, placement.pages_kept), plan.settings
+    assert now == (made.pages_on_device, made.pages_kept), "the pages are the plan's"
     return placement
 
 
@@ -274,6 +277,7 @@ def _wishes(settings: ServerSettings, packed: bool) -> Wishes:
         max_running=settings.max_running,
         max_batch_tokens=settings.max_batch_tokens,
         kv_bytes=settings.kv_memory,
+        kv_ram=settings.kv_ram,
         page_size=settings.page_size,
         packed=packed,
         precision=settings.expert_precision,

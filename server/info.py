@@ -11,7 +11,7 @@ from aiohttp import web
 from placement.document import to_plain
 from server.chat import Json
 from server.keys import SERVING
-from server.request import Tally
+from server.request import EngineStats, Tally
 
 ROUTING = "uniform law"  # of the predictions beside what was achieved, whatever the plan's own figures were made with
 
@@ -27,12 +27,27 @@ async def server_info(request: web.Request) -> web.Response:
         "status": "draining" if service.draining else bridge.phase,
         "device": ready and ready.device,
         "max_model_len": ready and ready.max_model_len,
+        "kv_pages": ready and _tiers(ready.page_size, bridge.stats),
         "plan": to_plain(replace(ready.plan, model=serving.name)) if ready and ready.plan else None,
         "profile": ready and ready.profile,
         "routing": ROUTING,
         "predicted_against_achieved": [_line(tally) for tally in bridge.tallies],
     }
     return web.json_response(body)
+
+
+def _tiers(page_size: int, stats: EngineStats) -> Json:
+    """Pages by tier. Those of running requests are on the device; RAM holds prefixes that somebody may come back to."""
+    return {
+        "page_size": page_size,
+        "device": {"total": stats.pages_total, "used": stats.pages_used},
+        "ram": {
+            "total": stats.ram_pages_total,
+            "used": stats.ram_pages_used,
+            "demoted": stats.demoted,
+            "promoted": stats.promoted,
+        },
+    }
 
 
 def _line(tally: Tally) -> Json:

@@ -38,8 +38,9 @@ UNITS = {
 }
 SETTLED = (  # by a plan; `planned.py` takes them from there
     "device", "dtype", "expert_format", "expert_precision", "experts", "isa", "threads", "max_model_len", "kv_memory",
-    "page_size", "max_batch_tokens", "max_running",
+    "kv_ram", "page_size", "max_batch_tokens", "max_running",
 )  # fmt: skip
+MAY_BE_NONE = ("port", "kv_ram")  # 0 means something
 SWITCH = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 
 
@@ -118,7 +119,9 @@ class Option:
         return _refuse()
 
     def _bounded(self, value: float) -> float:
-        low, high = (0, LAST_PORT) if self.field == "port" else (0 if self.kind == "number" else 1, float("inf"))
+        low, high = 0 if self.kind == "number" or self.field in MAY_BE_NONE else 1, math.inf
+        if self.field == "port":
+            high = LAST_PORT
         return value if low <= value <= high else _refuse()
 
 

@@ -128,6 +128,7 @@ def with_plan(settings: ServerSettings, plan: Plan, model: ModelConfig) -> Serve
         threads=chosen.threads,
         max_model_len=chosen.max_model_len,
         kv_memory=chosen.pages_on_device * page_bytes,
+        kv_ram=chosen.pages_kept * page_bytes,
         page_size=chosen.page_size,
         max_batch_tokens=chosen.max_batch_tokens,
         max_running=chosen.max_running,

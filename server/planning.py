@@ -202,9 +202,10 @@ def _simulate(given: argparse.Namespace, environ: Environ) -> int:
         page_size=settings.page_size,
         max_batch_tokens=settings.max_batch_tokens,
         max_running=settings.max_running,
+        n_ram_pages=settings.pages_kept,
     )
     work = workload.with_users(work, given.users, USERS_COME, given.seed)
-    clock = simulate.clock(rates)
+    clock = simulate.clock(rates, settings.page_size)
     if given.ablate:
         with _bar() as show:
             found = ablation.ablate(work, config, clock, settings.max_model_len, show)

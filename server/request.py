@@ -111,11 +111,16 @@ class EngineStats:
     waiting: int = 0
     pages_used: int = 0  # held by requests; pages kept only for reuse do not count
     pages_total: int = 0
+    ram_pages_used: int = 0  # prefixes in RAM, whether the device has them too or not
+    ram_pages_total: int = 0
     preemptions: int = 0
     prompt_tokens: int = 0
     generated_tokens: int = 0
     prefix_queries: int = 0  # prompt tokens looked up
-    prefix_hits: int = 0  # prompt tokens found in shared pages
+    prefix_hits: int = 0  # prompt tokens found in shared pages, in either tier
+    demoted: int = 0  # pages copied to RAM
+    promoted: int = 0  # pages copied from RAM
+    ram_hits: int = 0  # tokens in them, which were not computed again: of new requests and of preempted ones
     steps: int = 0
     step_seconds: float = 0.0
     expert_bytes: int = 0

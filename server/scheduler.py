@@ -34,6 +34,7 @@ class SchedulerConfig:
     page_size: int = 16  # tokens
     max_batch_tokens: int = 2048  # new ids in one step
     max_running: int = 64  # requests that hold pages at the same time
+    n_ram_pages: int = 0  # for prefixes that nobody holds
     policy: Policy = field(default_factory=Policy)
 
     def __post_init__(self) -> None:
@@ -57,7 +58,7 @@ class Scheduler:
         self.config = config
         self._policy = config.policy
         self._expect = expect
-        self._pages = PageTable(config.n_pages, config.page_size)
+        self._pages = PageTable(config.n_pages, config.page_size, config.n_ram_pages)
         self._known: dict[int, Sequence] = {}  # by request id, in order of arrival
         self._waiting: list[Sequence] = []  # in order of arrival
         self._running: list[Sequence] = []  # in order of admission
@@ -113,7 +114,7 @@ class Scheduler:
             assert self.idle, "requests wait but none can run"
             return None
         self._in_flight = [(sequence, sequence.row(n)) for sequence, n in chunks]
-        return Batch(tuple(row for _, row in self._in_flight))
+        return Batch(tuple(row for _, row in self._in_flight), self._pages.take_moves())
 
     def commit(self, out: StepOutput) -> tuple[Progress, ...]:
         """Take the answer to the batch in flight; return what it did for each request that got further."""
@@ -134,12 +135,18 @@ class Scheduler:
 
     def stats(self) -> EngineStats:
         """Gauges now and counters since the start."""
+        ram = self._pages.ram
         return replace(
             self._totals,
             running=len(self._running),
             waiting=len(self._waiting),
             pages_used=self._pages.n_used,
             pages_total=self._pages.n_pages,
+            ram_pages_used=ram.n_used,
+            ram_pages_total=ram.n_pages,
+            demoted=ram.n_demoted,
+            promoted=ram.n_promoted,
+            ram_hits=ram.n_promoted * self.config.page_size,
         )
 
     def check(self) -> None:
@@ -279,6 +286,7 @@ class Scheduler:
             if not self._make_room(sequence, chunks):
                 self._vacate(sequence)
                 break
+            sequence.n_computed = self._pages.fetch(sequence.held, sequence.shareable)
             self._start(sequence)
             n = min(left, sequence.n_left)
             self._pages.grow(sequence.held, sequence.n_computed + n)

@@ -87,6 +87,13 @@ class ServerSettings:
     kv_memory: int | None = field(
         default=None, metadata={"help": "bytes for the key-value pages (default: sized from what is free)"}
     )
+    kv_ram: int | None = field(
+        default=None,
+        metadata={
+            "help": "bytes of RAM for key-value pages of requests that wait, 0 for none (default: half of what is left "
+            "beside a GPU, at most 64 GiB; none on the CPU, where it is the same memory)"
+        },
+    )
     page_size: int = field(default=16, metadata={"help": "tokens in one key-value page"})
     max_batch_tokens: int = field(default=512, metadata={"help": "most new tokens computed in one step"})
     max_running: int = field(default=64, metadata={"help": "most sequences that generate at the same time"})

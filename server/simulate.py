@@ -122,12 +122,20 @@ class Report:
         return {name: seconds / self.makespan if self.makespan else 0.0 for name, seconds in self.parts.items()}
 
 
-def clock(rates: Rates) -> Callable[[Batch], StepCost]:
-    """The cost model as the clock of `simulate`."""
+def clock(rates: Rates, page_size: int = 16) -> Callable[[Batch], StepCost]:
+    """The cost model as the clock of `simulate`. Pages that change tiers cross the link before the step."""
 
     def cost(batch: Batch) -> StepCost:
         sampled = sum(row.sampling is not None for row in batch.rows)
-        return step_cost(rates, Load.of(((len(row.ids), row.position) for row in batch.rows), sampled))
+        found = step_cost(rates, Load.of(((len(row.ids), row.position) for row in batch.rows), sampled))
+        n_out, n_in = len(batch.moves.demoted), len(batch.moves.promoted)
+        if not n_out + n_in:
+            return found
+        page, (out, back) = page_size * rates.model.kv_bytes_per_token(rates.kv_item), rates.hand_over
+        seconds = page * (n_out * out + n_in * back)
+        parts = {**found.parts, "link": found.parts["link"] + seconds}
+        moved = {**found.moved, "link": found.moved["link"] + page * (n_out + n_in)}
+        return replace(found, seconds=found.seconds + seconds, parts=parts, moved=moved)
 
     return cost
 

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from hybrid.batch import Moves
 from hybrid.pages import Holding, PageTable
 
 PAGE = 4
@@ -163,6 +164,75 @@ def test_sizes_must_be_positive(sizes: tuple[int, int]) -> None:
         PageTable(*sizes)
 
 
+def demoted(ids: list[int], n_pages: int = 4, n_ram_pages: int = 8) -> PageTable:
+    """A table whose device pages another sequence has just taken from one with these ids, moves not handed over."""
+    table = PageTable(n_pages, PAGE, n_ram_pages)
+    table.release(hold(table, ids))
+    table.take_moves()
+    other = Holding([99])
+    assert table.grow(other, n_pages * PAGE)
+    table.release(other)
+    return table
+
+
+def test_a_prefix_that_is_overwritten_goes_to_ram_and_comes_back() -> None:
+    table = demoted(list(range(13)))
+    assert table.take_moves() == Moves(demoted=((2, 0), (1, 1), (0, 2)))  # the end of the prefix goes first
+    again = Holding(list(range(13)))
+    assert table.share(again) == 0
+    assert table.awaited(again, set()) == (12, 0)
+    assert table.fetch(again) == 12
+    assert table.take_moves() == Moves(promoted=tuple(zip((2, 1, 0), again.pages, strict=True)))
+    assert (table.ram.n_used, table.ram.n_demoted, table.ram.n_promoted) == (3, 3, 3)
+    table.check([again])
+    table.release(again)  # RAM has these pages still: giving them up again moves nothing
+    taker = Holding([50])
+    assert table.grow(taker, 4 * PAGE)
+    assert table.take_moves() == Moves()
+    table.check([taker])
+
+
+def test_a_prefix_goes_out_and_comes_back_between_two_steps() -> None:
+    table = demoted(list(range(9)))
+    again = Holding(list(range(9)))
+    assert table.share(again) + table.fetch(again) == 8
+    moves = table.take_moves()
+    assert [ram for ram, _ in moves.promoted] == [ram for _, ram in reversed(moves.demoted)]
+    table.check([again])
+
+
+def test_fetch_stops_at_the_limit_and_where_pages_run_out() -> None:
+    table = demoted(list(range(13)))
+    some = Holding(list(range(13)))
+    assert table.fetch(some, limit=7) == 4
+    taker = Holding([50])
+    assert table.grow(taker, 2 * PAGE)
+    more = Holding(list(range(13)))
+    assert table.share(more) == 4
+    assert table.fetch(more) == 8  # the last free page
+    assert table.n_free == 0
+    table.check([some, taker, more])
+
+
+def test_full_ram_gives_up_what_was_used_longest_ago_but_not_what_is_leaving() -> None:
+    table = demoted(list(range(13)), n_ram_pages=3)
+    table.take_moves()
+    other = hold(table, list(range(100, 116)))
+    table.release(other)
+    again = Holding(list(range(13)))
+    assert table.fetch(again) == 12  # takes three of the other's pages, and all places in RAM are leaving
+    moves = table.take_moves()
+    assert (len(moves.demoted), len(moves.promoted)) == (0, 3)
+    table.release(again)
+    taker = Holding([50])
+    assert table.grow(taker, 4 * PAGE)
+    # What is left of the other prefix takes the place of one copy, and gives it back when that page goes out as well.
+    assert len(table.take_moves().demoted) == 1
+    table.check([taker])
+    table.release(taker)
+    assert table.fetch(Holding(list(range(13)))) == 12
+
+
 def test_check_sees_a_lost_page_and_a_wrong_count() -> None:
     table = PageTable(4, PAGE)
     holding = hold(table, list(range(8)))
@@ -174,34 +244,53 @@ def test_check_sees_a_lost_page_and_a_wrong_count() -> None:
 
 
 class PagesMachine(RuleBasedStateMachine):
-    """Random sequences over few ids and few pages, with a model of what each page really contains."""
+    """Random sequences over few ids and few pages, with a model of what each page of both tiers really contains."""
 
-    @initialize(n_pages=st.integers(1, 9), page_size=st.integers(1, 3))
-    def start(self, n_pages: int, page_size: int) -> None:
-        self.table = PageTable(n_pages, page_size)
+    @initialize(n_pages=st.integers(1, 9), page_size=st.integers(1, 3), n_ram_pages=st.integers(0, 7))
+    def start(self, n_pages: int, page_size: int, n_ram_pages: int) -> None:
+        self.table = PageTable(n_pages, page_size, n_ram_pages)
         self.live: list[tuple[Holding, int]] = []  # with the tokens computed so far
         self.content: dict[int, tuple[int, ...]] = {}  # page → every id up to its last computed position
+        self.ram: dict[int, tuple[int, ...]] = {}
 
     def _write(self, holding: Holding, start: int, end: int) -> None:
         for position in range(start, end):
             self.content[holding.pages[position // self.table.page_size]] = tuple(holding.ids[: position + 1])
 
+    def _move(self) -> None:
+        """What the engine does before a step: out, then in. Then every live sequence reads what it claims."""
+        moves = self.table.take_moves()
+        for goals in ([ram for _, ram in moves.demoted], [page for _, page in moves.promoted]):
+            assert len(set(goals)) == len(goals)
+        self.ram |= {ram: self.content[page] for page, ram in moves.demoted}
+        for page, _ in moves.demoted:
+            del self.content[page]
+        self.content |= {page: self.ram[ram] for ram, page in moves.promoted}
+        for holding, done in self.live:
+            for position in range(done):
+                content = self.content[holding.pages[position // self.table.page_size]]
+                assert content[: position + 1] == tuple(holding.ids[: position + 1])
+
     @rule(ids=st.lists(st.integers(0, 1), min_size=1, max_size=12))
     def arrive(self, ids: list[int]) -> None:
         holding = Holding(ids)
         n_shared = self.table.share(holding)
-        assert n_shared < len(ids)
-        for i, page in enumerate(holding.pages):
-            assert self.content[page] == tuple(ids[: (i + 1) * self.table.page_size])
-        if self.table.grow(holding, len(ids)):
-            self.live.append((holding, n_shared))
-        else:
-            assert self.table.pages_for(len(ids)) - len(holding.pages) > self.table.n_free
+        if self.table.pages_for(len(ids)) - len(holding.pages) > self.table.n_free:
+            assert not self.table.grow(holding, len(ids))
             self.table.release(holding)
+            return
+        now, soon = self.table.awaited(holding, set())
+        n_known = self.table.fetch(holding)
+        assert n_shared <= n_known < len(ids) and soon == 0
+        # Room for the pages that come in may cost the RAM tier some of those that were found.
+        assert n_known == now or (n_known < now and self.table.ram.n_pages < self.table.n_pages)
+        assert self.table.grow(holding, len(ids))
+        self.live.append((holding, n_known))
 
     @precondition(lambda self: self.live)
     @rule(pick=st.randoms(use_true_random=False), n=st.integers(1, 5))
     def compute(self, pick: random.Random, n: int) -> None:
+        self._move()
         at = pick.randrange(len(self.live))
         holding, done = self.live[at]
         end = min(done + n, len(holding.ids))
@@ -224,16 +313,12 @@ class PagesMachine(RuleBasedStateMachine):
 
     @invariant()
     def accounts_agree(self) -> None:
-        if not hasattr(self, "table"):
-            return
-        self.table.check(holding for holding, _ in self.live)
-        for holding, done in self.live:  # nobody wrote over what a live sequence has computed or shares
-            for position in range(done):
-                content = self.content[holding.pages[position // self.table.page_size]]
-                assert content[: position + 1] == tuple(holding.ids[: position + 1])
+        if hasattr(self, "table"):
+            self.table.check(holding for holding, _ in self.live)
 
     def teardown(self) -> None:
         if hasattr(self, "table"):
+            self._move()
             for holding, _ in self.live:
                 self.table.release(holding)
             assert self.table.n_used == 0

@@ -82,7 +82,9 @@ def test_k25_on_a_workstation() -> None:
     assert placement.max_model_len == 262144
     assert placement.n_pages * 16 >= 262144
     assert placement.n_bytes("device") <= WORKSTATION.device_free
-    assert placement.n_bytes("RAM") == expert_bytes(K25, "int4") + BUFFERS
+    kept = placement.pages_kept * 16 * 70_272  # of 286 GB that are left
+    assert 64 * GIB - 16 * 70_272 < kept <= 64 * GIB
+    assert placement.n_bytes("RAM") == expert_bytes(K25, "int4") + BUFFERS + kept
     assert placement.notes == ()
     (experts,) = [entry for entry in placement.entries if entry.what == "routed experts, int4, packed"]
     assert (experts.where, experts.n_bytes) == ("RAM", 60 * 384 * 24_772_608)
@@ -136,7 +138,7 @@ def test_experts_that_must_become_bf16() -> None:
     model = replace(K25, expert_format="bf16")
     with pytest.raises(PlacementError, match=r"2\.03 TB are needed for the experts; .*int4$"):
         place(model, WORKSTATION, WISHES)
-    entry = place(replace(model, num_hidden_layers=3), WORKSTATION, WISHES).entries[-2]
+    entry = place(replace(model, num_hidden_layers=3), WORKSTATION, WISHES).entries[-3]
     assert (entry.what, entry.n_bytes) == ("routed experts, bf16, packed", 2 * 384 * 3 * 2 * 7168 * 2048)
 
 

@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from hashlib import blake2b
 
-from hybrid.batch import Batch, Row, RowOutput, StepOutput, TokenLogprob
+from hybrid.batch import Batch, Moves, Row, RowOutput, StepOutput, TokenLogprob
 
 
 class FakeStepError(AssertionError):
@@ -30,22 +30,45 @@ def _logprob(token: int, state: bytes, n_alternatives: int) -> TokenLogprob:
 class FakeStep:
     """`tokens` are the ids it answers with; `delay_s` is slept in every step, so that a test can act meanwhile."""
 
-    def __init__(self, n_pages: int, page_size: int, tokens: Sequence[int] = range(256), delay_s: float = 0.0) -> None:
+    def __init__(
+        self,
+        n_pages: int,
+        page_size: int,
+        tokens: Sequence[int] = range(256),
+        delay_s: float = 0.0,
+        n_ram_pages: int = 0,
+    ) -> None:
         self.page_size = page_size
         self.tokens = tokens
         self.delay_s = delay_s
         # A position's "KV": a hash of its id, its position and every slot before it.
         self._store: list[list[bytes | None]] = [[None] * page_size for _ in range(n_pages)]
+        self._ram: list[list[bytes | None]] = [[None] * page_size for _ in range(n_ram_pages)]
 
     def __call__(self, batch: Batch) -> StepOutput:
         """Write every row's ids, then answer every row: as in a real layer, all rows' KV is written first."""
         if not batch.rows or len({row.request_id for row in batch.rows}) != len(batch.rows):
             raise FakeStepError("a batch has at least one row, and at most one for each request")
+        self._move(batch.moves)
         for row in batch.rows:
             self._write(row)
         rows = tuple(self._answer(row) for row in batch.rows)
         time.sleep(self.delay_s)
         return StepOutput(rows, seconds=0.001, expert_bytes=batch.n_tokens, distinct_experts=len(rows))
+
+    def _move(self, moves: Moves) -> None:
+        """Out, then in. A page that went out is given up: who reads it without writing it first finds nothing there."""
+        if len({to for _, to in moves.demoted}) < len(moves.demoted):
+            raise FakeStepError("two pages are demoted to one place")
+        out = [(to, self._store[page]) for page, to in moves.demoted]
+        for page, _ in moves.demoted:
+            self._store[page] = [None] * self.page_size
+        for to, slots in out:
+            if None in slots:
+                raise FakeStepError(f"a page that is not full is demoted to {to}")
+            self._ram[to] = slots
+        for source, page in moves.promoted:
+            self._store[page] = list(self._ram[source])
 
     def _write(self, row: Row) -> None:
         end = row.position + len(row.ids)

@@ -27,7 +27,7 @@ class House:
 
     def __init__(self, config: SchedulerConfig) -> None:
         self.scheduler = Scheduler(config, lambda batch: self.seconds(batch))
-        self.step = FakeStep(config.n_pages, config.page_size, tokens=range(50))
+        self.step = FakeStep(config.n_pages, config.page_size, tokens=range(50), n_ram_pages=config.n_ram_pages)
         self.progress: dict[int, list[Progress]] = {}
         self.batches: list[Batch] = []
         self.seconds: Callable[[Batch], float] = lambda batch: 1.0

@@ -83,7 +83,7 @@ def test_a_stale_plan(tmp_path: Path, model: ModelConfig, hardware: Hardware) ->
         ({"experts_leave_ram": True}, "experts leaving RAM"),
         ({"ring": 1000}, "streaming prefill"),
         ({"stream_from_rows": 6.0}, "streaming prefill"),
-        ({"pages_in_ram": 5}, "KV in RAM"),
+        ({"pages_in_ram": 5}, "KV streamed from RAM"),
         ({"embedding_in_ram": True}, "embedding in RAM"),
     ],
 )

@@ -16,11 +16,17 @@ TIMES = (0.01, 0.1, 1.0, 30.0)  # seconds of a step
 
 
 class Lives(RuleBasedStateMachine):
-    """Requests of two groups and of nobody, patient and not, in few pages."""
+    """Requests of two groups and of nobody, patient and not, in few pages, with and without a second tier."""
 
-    @initialize(n_pages=st.integers(8, 20), most=st.integers(1, 12), running=st.integers(1, 5))
-    def begin(self, n_pages: int, most: int, running: int) -> None:
-        self.house = House(small(n_pages=n_pages, page_size=2, max_batch_tokens=most, max_running=running))
+    @initialize(
+        n_pages=st.integers(8, 20),
+        n_ram_pages=st.sampled_from([0, 1, 2, 5, 40]),
+        most=st.integers(1, 12),
+        running=st.integers(1, 5),
+    )
+    def begin(self, n_pages: int, n_ram_pages: int, most: int, running: int) -> None:
+        sizes = {"n_pages": n_pages, "n_ram_pages": n_ram_pages, "max_batch_tokens": most, "max_running": running}
+        self.house = House(small(page_size=2, **sizes))
         self.requests: dict[int, Request] = {}
         self.flying: Batch | None = None
         self.cancelled: set[int] = set()
