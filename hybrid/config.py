@@ -18,6 +18,8 @@ from offload.config import ExpertFormat, ExpertGeometry, PoolConfig, Projection
 ModelType = Literal["kimi_k25", "kimi_k2", "deepseek_v3", "deepseek_v2"]
 TopkMethod = Literal["noaux_tc", "greedy", "group_limited_greedy"]
 ScoringFunc = Literal["sigmoid", "softmax"]
+NarrowFormat = Literal["fp8", "int8"]  # one byte for each value
+KvDtype = Literal["model", NarrowFormat]  # "model": as everything is computed
 
 MODEL_TYPES: tuple[ModelType, ...] = ("kimi_k25", "kimi_k2", "deepseek_v3", "deepseek_v2")
 
@@ -241,7 +243,8 @@ class EngineConfig:
     `mla` "auto" takes the cheaper of the two attention paths for each row; the others force one, for tests.
     `experts` is who runs the routed experts: our kernels, kt-kernel, or the faster of the two after a trial.
     `expert_ram` bytes are for experts that a packed file holds; None takes what is free when they are opened, less the
-    cache and HOST_RESERVE.
+    cache and HOST_RESERVE. `narrow` holds the matrices outside the routed experts in a byte for each value
+    (`hybrid.widths`), `kv_dtype` likewise the cache; everything is computed in `dtype`.
     """
 
     model: Path
@@ -254,6 +257,8 @@ class EngineConfig:
     mla: Literal["auto", "naive", "absorbed"] = "auto"
     experts: Literal["numba", "kt", "auto"] = "numba"
     expert_ram: int | None = None
+    narrow: NarrowFormat | None = None
+    kv_dtype: KvDtype = "model"
 
 
 def is_router(name: str) -> bool:

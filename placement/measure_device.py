@@ -171,7 +171,7 @@ class _Attend:
         kv_b = self._normal(heads, nope + model.v_head_dim, latent) / latent**0.5
         attention = Attention(
             config=model, layer=0, path="naive" if path == "naive" else "absorbed", q_a=None, q_a_norm=None, q_b=empty,
-            kv_a=empty, kv_a_norm=empty, kv_b=kv_b, out=empty,
+            kv_a=empty, kv_a_norm=empty, kv_b=kv_b.flatten(0, 1), out=empty,
         )  # fmt: skip
         queries = Queries(self._normal(rows, new, heads, nope), self._normal(rows, new, heads, model.qk_rope_head_dim))
         return lambda: timed(self._device, lambda: attention._attend(queries, group, self._cache))
