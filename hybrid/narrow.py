@@ -4,7 +4,7 @@ A weight is its code (int8, or e4m3: fp8) times a factor of its block. Blocks ar
 the codes then are exact in any type that a product runs in, and the factors multiply its result. They are 128 x 128
 where a checkpoint is published in fp8, whose codes and factors are kept as they are.
 
-No wide copy stays: a product widens TILE weights at a time. Which tensors are narrow: `hybrid.widths`. Called by
+No wide copy stays: a product widens WIDE_TILE weights at a time. Which tensors are narrow: `hybrid.widths`. Called by
 `hybrid.weights`, which makes them, and wherever the model multiplies.
 """
 
@@ -13,12 +13,9 @@ from dataclasses import dataclass
 
 import torch
 
-from hybrid.config import NarrowFormat
+from hybrid.config import WIDE_TILE, NarrowFormat
 from offload.config import FP8_BLOCK
 
-# Weights widened at a time: 34 MB of bf16, which the L2 of a large GPU holds (40 to 100 MB), so that a decoding step
-# reads one byte for each weight from its memory. Smaller tiles are more launches.
-TILE = 1 << 24
 CODES = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
 LARGEST = {"fp8": 448.0, "int8": 127.0}
 SMALLEST_SCALE = 1e-30  # of a block that is all zeros: its codes are 0 whatever they are divided by
@@ -70,7 +67,7 @@ class Narrow:
     def _tiles(self) -> Iterator[slice]:
         """The rows in tiles of whole blocks."""
         n_rows, n_in = self.codes.shape
-        step = max(1, TILE // n_in // FP8_BLOCK) * FP8_BLOCK
+        step = max(1, WIDE_TILE // n_in // FP8_BLOCK) * FP8_BLOCK
         return (slice(a, min(a + step, n_rows)) for a in range(0, n_rows, step))
 
     @property

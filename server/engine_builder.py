@@ -34,7 +34,7 @@ from placement.ledger import (
     place,
     room,
 )
-from placement.plan import Choice, Goal, Plan
+from placement.plan import Choice, Goal, Plan, engine_types
 from placement.planner import ledger_lines, make_plan
 from placement.probe import find_hardware
 from placement.routing import uniform, write_routing
@@ -145,16 +145,19 @@ def _as_loaded(plan: Plan, engine: "Engine") -> Plan:
 
 def _engine_config(settings: ServerSettings, plan: Plan) -> EngineConfig:
     chosen = plan.settings
+    dtype, narrow = engine_types(chosen.weights)
     return EngineConfig(
         model=settings.model,
         device=chosen.device,
-        dtype="float32" if chosen.weights == "float32" else "bfloat16",
+        dtype=dtype,
         expert_format=settings.expert_format,
         pool=PoolConfig(chosen.threads, settings.expert_precision, chosen.isa),
         n_pages=chosen.pages_on_device,
         page_size=chosen.page_size,
         experts=settings.experts,
         expert_ram=_expert_ram(plan),
+        narrow=narrow,
+        kv_dtype=chosen.kv_dtype,
     )
 
 
@@ -279,5 +282,6 @@ def _wishes(settings: ServerSettings, packed: bool) -> Wishes:
         precision=settings.expert_precision,
         experts="kt" if settings.experts == "kt" else "numba",
         isa=None if settings.isa == "auto" else settings.isa,
+        kv_dtype=settings.kv_dtype,
         threads=settings.threads or len(find_topology().places),  # as --threads says, whatever a profile finds best
     )

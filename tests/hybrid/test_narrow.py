@@ -101,7 +101,7 @@ def test_rows_of_any_type_are_quantised_as_float32(dtype: torch.dtype) -> None:
 def test_products_are_those_of_the_decoded_matrix(
     kind: str, shape: tuple[int, int], tile: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hybrid.narrow, "TILE", tile)
+    monkeypatch.setattr(hybrid.narrow, "WIDE_TILE", tile)
     weight = MADE[kind](*shape)
     exact = decoded(weight)
     np.testing.assert_array_equal(weight.wide(torch.float32).numpy(), exact.astype(np.float32))

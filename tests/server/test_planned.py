@@ -77,8 +77,6 @@ def test_a_stale_plan(tmp_path: Path, model: ModelConfig, hardware: Hardware) ->
 @pytest.mark.parametrize(
     ("settings", "ability"),
     [
-        ({"weights": "fp8"}, "fp8 weights"),
-        ({"weights": "int8"}, "int8 weights"),
         ({"slots": (0, 4)}, "experts in VRAM"),
         ({"experts_leave_ram": True}, "experts leaving RAM"),
         ({"ring": 1000}, "streaming prefill"),
