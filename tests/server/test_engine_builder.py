@@ -80,7 +80,8 @@ def test_a_plan_in_a_file_is_what_is_loaded(
 ) -> None:
     model = ModelConfig.from_directory(directory)
     path = tmp_path / "plan.yaml"
-    write_plan(path, plans.plan(model, find_hardware(directory), weights="int8", kv_dtype="fp8"))
+    chosen = {"weights": "int8", "kv_dtype": "fp8", "expert_precision": "a8"}
+    write_plan(path, plans.plan(model, find_hardware(directory), **chosen))
     built = build(ServerSettings(directory, plan=path))
     try:
         (engine,) = engines
