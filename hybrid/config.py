@@ -248,6 +248,7 @@ class EngineConfig:
     `expert_ram` bytes are for experts that a packed file holds; None takes what is free when they are opened, less the
     cache and HOST_RESERVE. `narrow` holds the matrices outside the routed experts in a byte for each value
     (`hybrid.widths`), `kv_dtype` likewise the cache; everything is computed in `dtype`.
+    `embedding_in_ram` looks ids up beside the CPU, and only their rows go to the device.
     """
 
     model: Path
@@ -262,6 +263,7 @@ class EngineConfig:
     expert_ram: int | None = None
     narrow: NarrowFormat | None = None
     kv_dtype: KvDtype = "model"
+    embedding_in_ram: bool = False
 
 
 def is_router(name: str) -> bool:

@@ -75,7 +75,9 @@ class Engine:
         if line:
             notice(line)
         # Weights first: they are the smaller part, and tell soonest that checkpoint and config.json do not fit.
-        self._tensors = load_weights(self._checkpoint, self.model, self._device, dtype, progress, notice, config.narrow)
+        self._tensors = load_weights(
+            self._checkpoint, self.model, self._device, dtype, progress, notice, config.narrow, config.embedding_in_ram
+        )
         self._experts = self._open_experts(backend, topology, progress, notice)
         self._transformer = build_model(self.model, self._tensors, self._experts, config.mla, watch)
         self._cache = allocate(self.model, config.n_pages, config.page_size, dtype, self._device, config.kv_dtype)

@@ -38,7 +38,7 @@ class Transformer:
 
     eps: float
     rope: Rope
-    embed: torch.Tensor  # (vocabulary, D)
+    embed: torch.Tensor  # (vocabulary, D), on the device or in RAM
     blocks: tuple[Block, ...]
     norm: torch.Tensor  # (D,)
     head: Matrix  # (vocabulary, D)
@@ -46,7 +46,7 @@ class Transformer:
     def hidden(self, inputs: StepInputs, cache: LatentCache) -> torch.Tensor:
         """The residual stream after the last block, (T, D); the new ids' latents are in the cache afterwards."""
         table = self.rope.table(inputs.positions)  # 2 x (T, R/2)
-        x = embedding(inputs.ids, self.embed)  # (T, D)
+        x = embedding(inputs.ids.to(self.embed.device), self.embed).to(inputs.ids.device)  # (T, D)
         for block in self.blocks:
             x = x + block.attention(rms_norm(x, block.attention_norm, self.eps), inputs, cache, self.rope, table)
             x = x + block.mlp(rms_norm(x, block.mlp_norm, self.eps))
@@ -62,15 +62,15 @@ def build_model(
 ) -> Transformer:
     """Join the loaded tensors (names of `ModelConfig.tensor_shapes`) to a model."""
     routers = {layer: _router(config, layer, tensors) for layer in config.moe_layers}
-    embed = _wide(tensors, "model.embed_tokens.weight")
+    embed, norm = _wide(tensors, "model.embed_tokens.weight"), _wide(tensors, "model.norm.weight")
     return Transformer(
         eps=config.rms_norm_eps,
-        rope=build_rope(config, embed.device),
+        rope=build_rope(config, norm.device),
         embed=embed,
         blocks=tuple(
             _block(config, layer, tensors, routers, experts, path, watch) for layer in range(config.num_hidden_layers)
         ),
-        norm=_wide(tensors, "model.norm.weight"),
+        norm=norm,
         head=embed if config.tie_word_embeddings else tensors["lm_head.weight"],
     )
 

@@ -22,6 +22,7 @@ Notice = Callable[[str], None]
 # Published types that hold the plain value, and torch's name for the bytes that `Checkpoint.array` hands out.
 PLAIN_TYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 STRIP = 1 << 24  # values that are narrowed at a time, 67 MB in float32
+EMBEDDING = "model.embed_tokens.weight"
 SHOWN_NAMES = 3  # tensor names spelled out in one message
 
 
@@ -33,9 +34,11 @@ def load_weights(
     progress: Progress,
     notice: Notice,
     narrow: NarrowFormat | None = None,
+    embedding_in_ram: bool = False,
 ) -> dict[str, Matrix]:
     """All tensors of `config.tensor_shapes()` by that name, on `device`: in `dtype`, the router in float32, and those
-    that `hybrid.widths` names in one byte for each value where `narrow` is asked for.
+    that `hybrid.widths` names in one byte for each value where `narrow` is asked for. The embedding stays in RAM where
+    that is asked for, unless it is the head as well.
 
     Raises CheckpointError, naming tensor, expected and found, where one is missing or does not fit the config.
     """
@@ -49,7 +52,9 @@ def load_weights(
         info = found[name]
         fmt = format_of(name, info.shape, narrow)
         if fmt is None:
-            tensors[name] = _read(checkpoint, info).to(device, torch.float32 if is_router(name) else dtype)
+            stays = embedding_in_ram and name == EMBEDDING and not config.tie_word_embeddings
+            where = torch.device("cpu") if stays else device
+            tensors[name] = _read(checkpoint, info).to(where, torch.float32 if is_router(name) else dtype)
         else:
             tensors[name] = _narrowed(checkpoint, info, fmt, device)
         done += info.n_bytes

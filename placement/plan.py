@@ -20,7 +20,7 @@ WeightDtype = Literal["float32", "bfloat16", "fp8", "int8"]
 GoalKind = Literal["latency", "throughput", "swarm"]
 # What a plan may want of the engine beyond what every engine does.
 Ability = Literal[
-    "experts in VRAM", "experts leaving RAM", "streaming prefill", "KV in RAM", "embedding in RAM",
+    "experts in VRAM", "experts leaving RAM", "streaming prefill", "KV in RAM",
 ]  # fmt: skip
 ENGINE_ABILITIES: frozenset[Ability] = frozenset()  # of this version; a plan that needs others is not served
 
@@ -146,7 +146,6 @@ class Plan:
             "experts leaving RAM": settings.experts_leave_ram,
             "streaming prefill": settings.ring > 0 or settings.stream_from_rows is not None,
             "KV in RAM": settings.pages_in_ram > 0,
-            "embedding in RAM": settings.embedding_in_ram,
         }
         return tuple(sorted(ability for ability, wanted in asked.items() if wanted))
 

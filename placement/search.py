@@ -73,7 +73,7 @@ def search(task: Task) -> Found:
     plain = layout_of(task.model, task.facts, task.wishes)
     if task.servable:
         return _servable(task, plain)
-    plain = replace(plain, embedding_in_ram=task.facts.device == "cuda")
+    plain = replace(plain, embedding_in_ram=task.facts.device == "cuda" and not task.model.tie_word_embeddings)
     passed: tuple[tuple[WeightDtype, str], ...] = ()
     for mapped in (True,) if task.wishes.packed else (False, True):
         for weights in _weights(task):

@@ -370,6 +370,7 @@ def _engine_config(model_dir: Path, model: ModelConfig, settings: Settings) -> E
     return EngineConfig(
         model_dir, settings.device, dtype, _target(model, settings), pool, settings.pages_on_device,
         settings.page_size, experts=settings.experts, narrow=narrow, kv_dtype=settings.kv_dtype,
+        embedding_in_ram=settings.embedding_in_ram,
     )  # fmt: skip
 
 

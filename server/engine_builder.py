@@ -158,6 +158,7 @@ def _engine_config(settings: ServerSettings, plan: Plan) -> EngineConfig:
         expert_ram=_expert_ram(plan),
         narrow=narrow,
         kv_dtype=chosen.kv_dtype,
+        embedding_in_ram=chosen.embedding_in_ram,
     )
 
 
@@ -171,7 +172,8 @@ def _still_fits(plan: Plan, model: ModelConfig, facts: Facts, wishes: Wishes, pa
     """The ledger of a plan that was made before, with what is free now. Raises PlacementError."""
     if plan.settings.experts_mapped and not wishes.packed:
         raise PlacementError(f"{path}: the plan maps the experts from a packed file: run `hybrid pack MODEL` first")
-    layout, again = layout_of(model, facts, wishes), "free memory, or make a new plan with `hybrid plan`"
+    layout = replace(layout_of(model, facts, wishes), embedding_in_ram=plan.settings.embedding_in_ram)
+    again = "free memory, or make a new plan with `hybrid plan`"
     needed, (spare, _) = plan.settings.pages_on_device * page_bytes(model, layout), room(model, facts, layout)
     if 0 <= spare < needed:
         raise PlacementError(

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from hybrid.batch import Batch, Row
-from hybrid.config import EngineConfig, KvDtype, NarrowFormat
+from hybrid.config import EngineConfig, KvDtype, NarrowFormat, is_router
 from hybrid.engine import Engine
 from hybrid.inputs import upload
 from hybrid.kv import LatentCache, allocate
@@ -123,7 +123,8 @@ class TriedCache:
 def weight_variants(subject: Subject) -> Iterator[tuple[str, Tensors]]:
     """The formats of the engine, as it loads them, the head alone in each, and those tried."""
     plain = subject.tensors
-    yield "bfloat16 weights", {name: one.bfloat16().float() for name, one in plain.items()}
+    rounded = {name: one.bfloat16().float() for name, one in plain.items() if not is_router(name)}
+    yield "bfloat16 weights", {**plain, **rounded}
     for fmt in FORMATS:
         yield f"{fmt} weights", {**plain, **loaded(subject.engine, fmt)}
         yield f"{fmt} in the head alone", {**plain, HEAD: Narrow(*quantised(plain[HEAD], fmt))}

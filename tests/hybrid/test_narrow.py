@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -195,6 +196,18 @@ def test_loading_takes_the_bytes_it_is_said_to(made: Made, fmt: NarrowFormat, mo
         error = float((tensor.wide(torch.float32) - reference).norm() / reference.norm())
         assert error == 0 if kept else 0 < error < (0.01 if tensor.codes.dtype == torch.int8 else 0.03), name
     assert seen and max(seen) <= max(1 << 14, 128 * max(s[1] for s in made.config.tensor_shapes().values() if s[1:]))
+
+
+def test_the_embedding_stays_in_ram_alone(made: Made) -> None:
+    with closing(Checkpoint(made.directory)) as checkpoint:
+        device = torch.device("meta")  # stands in for another memory
+        found = load_weights(
+            checkpoint, made.config, device, torch.float32, lambda *_: None, lambda _: None, embedding_in_ram=True
+        )
+    kept = {name for name, one in found.items() if isinstance(one, torch.Tensor) and one.device.type == "cpu"}
+    assert kept == {"model.embed_tokens.weight"}
+    model = build_model(made.config, found, NoExperts(), "auto")
+    assert model.rope.table(torch.arange(3, device=device))[0].device == device
 
 
 def test_a_broken_weight_is_named(tmp_path: Path) -> None:

@@ -82,7 +82,6 @@ def test_a_stale_plan(tmp_path: Path, model: ModelConfig, hardware: Hardware) ->
         ({"ring": 1000}, "streaming prefill"),
         ({"stream_from_rows": 6.0}, "streaming prefill"),
         ({"pages_in_ram": 5}, "KV in RAM"),
-        ({"embedding_in_ram": True}, "embedding in RAM"),
     ],
 )
 def test_what_the_engine_does_not_do_is_refused(
