@@ -2,7 +2,8 @@
 
 Parity: on tiny random checkpoints of two families in float32 the prompt's logprobs on cuda must be those of the cpu,
 and the greedy tokens equal; products of narrow weights and narrow cache entries likewise. Then prefill and decode on a
-mid-size checkpoint. Needs torch, numba, numpy and psutil, nothing of the server and no pytest. The last line of stdout is one JSON document.
+mid-size checkpoint. Needs torch, numba, numpy and psutil, nothing of the server and no pytest. The last line of stdout
+is one JSON document.
 """
 
 import argparse

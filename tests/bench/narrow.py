@@ -3,9 +3,9 @@
 Against the same model in float32 (experts as published, 16-bit activations): the relative error of the matrices, and
 what becomes of the logprobs: the Kullback-Leibler divergence, the next token's logprob, and how often the first choice
 stays the same. On nano, which was trained, over the taught tokens of held-out conversations; and on a random checkpoint
-with Kimi-K2.5's sizes of latent, key and heads over random ids. Weights rounded to bfloat16 are the peer: the last line
-of stdout is one JSON document with every variant's divergence as a multiple of theirs. Formats that were tried and not
-taken are there too. Errors do not depend on what else the machine does.
+with Kimi-K2.5's sizes of latent, key and heads over random ids. The peer is the model computed in bfloat16, as on GPUs:
+the last line of stdout is one JSON document with every variant's divergence as a multiple of its. Formats that were
+tried and not taken are there too. Errors do not depend on what else the machine does.
 """
 
 import argparse
@@ -76,9 +76,9 @@ class Subject:
         self.tensors = {name: one for name, one in engine._tensors.items() if isinstance(one, torch.Tensor)}
         self._exact = self._logprobs(self.tensors, self.cache())
 
-    def cache(self, kind: KvDtype = "model") -> LatentCache:
+    def cache(self, kind: KvDtype = "model", dtype: torch.dtype = torch.float32) -> LatentCache:
         n_pages = -(-max(len(text.ids) for text in self._texts) // PAGE)
-        return allocate(self.engine.model, n_pages, PAGE, torch.float32, CPU, kind)
+        return allocate(self.engine.model, n_pages, PAGE, dtype, CPU, kind)
 
     def beside_float32(self, variant: str, tensors: Tensors, cache: Any) -> Figures:
         kl, moved, same = [], [], []
@@ -107,7 +107,7 @@ class Subject:
 
     def _error(self, name: str, found: Matrix) -> float:
         exact = self.tensors[name]
-        return float((widened(found, torch.float32) - exact).norm() / exact.norm())
+        return float((widened(found, torch.float32).float() - exact).norm() / exact.norm())
 
 
 class TriedCache:
@@ -123,8 +123,6 @@ class TriedCache:
 def weight_variants(subject: Subject) -> Iterator[tuple[str, Tensors]]:
     """The formats of the engine, as it loads them, the head alone in each, and those tried."""
     plain = subject.tensors
-    rounded = {name: one.bfloat16().float() for name, one in plain.items() if not is_router(name)}
-    yield "bfloat16 weights", {**plain, **rounded}
     for fmt in FORMATS:
         yield f"{fmt} weights", {**plain, **loaded(subject.engine, fmt)}
         yield f"{fmt} in the head alone", {**plain, HEAD: Narrow(*quantised(plain[HEAD], fmt))}
@@ -203,7 +201,9 @@ def measured(directory: Path, texts: Sequence[Text]) -> list[Figures]:
     config = EngineConfig(directory, "cpu", "float32", "native", PoolConfig(1, "a16"), n_pages, PAGE)
     with closing(Engine(config)) as engine:
         subject = Subject(engine, texts)
-        found = [subject.beside_float32(name, tensors, subject.cache()) for name, tensors in weight_variants(subject)]
+        halved = {name: one if is_router(name) else one.bfloat16() for name, one in subject.tensors.items()}
+        found = [subject.beside_float32("all in bfloat16", halved, subject.cache(dtype=torch.bfloat16))]
+        found += [subject.beside_float32(name, tensors, subject.cache()) for name, tensors in weight_variants(subject)]
         found += [subject.beside_float32(name, subject.tensors, cache) for name, cache in cache_variants(subject)]
         both = {**subject.tensors, **loaded(engine, "int8")}
         return [*found, subject.beside_float32("int8 weights and KV", both, subject.cache("int8"))]
