@@ -18,6 +18,8 @@ from offload.config import ExpertFormat, ExpertGeometry, PoolConfig, Projection
 ModelType = Literal["kimi_k25", "kimi_k2", "deepseek_v3", "deepseek_v2"]
 TopkMethod = Literal["noaux_tc", "greedy", "group_limited_greedy"]
 ScoringFunc = Literal["sigmoid", "softmax"]
+NarrowFormat = Literal["fp8", "int8"]  # one byte for each value
+KvDtype = Literal["model", NarrowFormat]  # "model": as everything is computed
 
 MODEL_TYPES: tuple[ModelType, ...] = ("kimi_k25", "kimi_k2", "deepseek_v3", "deepseek_v2")
 
@@ -25,6 +27,9 @@ MODEL_TYPES: tuple[ModelType, ...] = ("kimi_k25", "kimi_k2", "deepseek_v3", "dee
 KEY_BLOCK = 2048  # keys expanded: 134 MB of float32 keys and values at 64 heads of 128 + 128
 QUERY_BLOCK = 128  # queries scored: 67 MB of float32 scores at 64 heads
 LOGIT_ROWS = 256  # positions with logits: 168 MB of float32 at 163,840 words
+# Narrow weights widened: 34 MB of bf16, which the L2 of a large GPU holds (40 to 100 MB), so that a decoding step reads
+# one byte for each weight from its memory. Smaller tiles are more launches.
+WIDE_TILE = 1 << 24
 
 KIMI_STOP_NAMES = ("[EOS]", "<|im_end|>")
 KIMI_STOP_IDS = frozenset((163585, 163586))  # the same two in the published vocabulary
@@ -242,6 +247,9 @@ class EngineConfig:
     `experts` is who runs the routed experts: our kernels, kt-kernel, or the faster of the two after a trial.
     `expert_ram` bytes are for experts that a packed file holds; None takes what is free when they are opened, less the
     cache and HOST_RESERVE. `n_ram_pages` pages more lie in RAM, for prefixes that no running request holds.
+    `narrow` holds the matrices outside the routed experts in a byte for each value (`hybrid.widths`), `kv_dtype`
+    likewise the cache; everything is computed in `dtype`. `embedding_in_ram` looks ids up beside the CPU, and only
+    their rows go to the device.
     """
 
     model: Path
@@ -255,6 +263,9 @@ class EngineConfig:
     experts: Literal["numba", "kt", "auto"] = "numba"
     expert_ram: int | None = None
     n_ram_pages: int = 0
+    narrow: NarrowFormat | None = None
+    kv_dtype: KvDtype = "model"
+    embedding_in_ram: bool = False
 
 
 def is_router(name: str) -> bool:

@@ -21,6 +21,7 @@ from hybrid.model import build_model
 from hybrid.moe import Watch
 from hybrid.sampler import sample_rows, score
 from hybrid.weights import load_weights
+from hybrid.widths import kv_bytes_per_token
 from offload.backends import Backend, BackendError, choose
 from offload.checkpoint import Checkpoint
 from offload.config import PoolConfig, Progress
@@ -75,10 +76,12 @@ class Engine:
         if line:
             notice(line)
         # Weights first: they are the smaller part, and tell soonest that checkpoint and config.json do not fit.
-        self._tensors = load_weights(self._checkpoint, self.model, self._device, dtype, progress, notice)
+        self._tensors = load_weights(
+            self._checkpoint, self.model, self._device, dtype, progress, notice, config.narrow, config.embedding_in_ram
+        )
         self._experts = self._open_experts(backend, topology, progress, notice)
         self._transformer = build_model(self.model, self._tensors, self._experts, config.mla, watch)
-        self._cache = allocate(self.model, config.n_pages, config.page_size, dtype, self._device)
+        self._cache = allocate(self.model, config.n_pages, config.page_size, dtype, self._device, config.kv_dtype)
         self._ram_tier = RamTier(self._cache.storage(), config.n_ram_pages)
 
     def step(self, batch: Batch) -> StepOutput:
@@ -163,7 +166,8 @@ class Engine:
         config = self._config
         if config.expert_ram is not None:
             return config.expert_ram
-        cache = config.n_pages * config.page_size * self.model.kv_bytes_per_token(DTYPES[config.dtype].itemsize)
+        token = kv_bytes_per_token(self.model, DTYPES[config.dtype].itemsize, config.kv_dtype)
+        cache = config.n_pages * config.page_size * token
         return ram()[1] - HOST_RESERVE - (cache if config.device == "cpu" else 0)
 
     def _answer(self, rows: Sequence[Row], hidden: torch.Tensor) -> tuple[RowOutput, ...]:

@@ -6,7 +6,9 @@ Called by `hybrid.mla`, `hybrid.moe` and `hybrid.model`.
 from dataclasses import dataclass
 
 import torch
-from torch.nn.functional import linear, silu
+from torch.nn.functional import silu
+
+from hybrid.narrow import Matrix, linear
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -19,9 +21,9 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 class Mlp:
     """down(silu(gate x) * up x): the dense layers and the shared experts."""
 
-    gate: torch.Tensor  # (F, D)
-    up: torch.Tensor  # (F, D)
-    down: torch.Tensor  # (D, F)
+    gate: Matrix  # (F, D)
+    up: Matrix  # (F, D)
+    down: Matrix  # (D, F)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """(T, D) to (T, D)."""

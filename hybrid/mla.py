@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch.nn.functional import linear
 
 from hybrid.config import KEY_BLOCK, QUERY_BLOCK, ModelConfig
 from hybrid.inputs import Group, StepInputs
 from hybrid.kv import LatentCache
 from hybrid.layers import rms_norm
+from hybrid.narrow import Matrix, linear, widened
 from hybrid.rope import Rope
 
 # The published modelling code builds these two norms without passing rms_norm_eps, so they run with its default, also
@@ -44,13 +44,13 @@ class Attention:
     config: ModelConfig
     layer: int
     path: MlaPath
-    q_a: torch.Tensor | None  # (Q, D)
+    q_a: Matrix | None  # (Q, D)
     q_a_norm: torch.Tensor | None  # (Q,)
-    q_b: torch.Tensor  # (H * (N + R), Q or D)
-    kv_a: torch.Tensor  # (C + R, D)
+    q_b: Matrix  # (H * (N + R), Q or D)
+    kv_a: Matrix  # (C + R, D)
     kv_a_norm: torch.Tensor  # (C,)
-    kv_b: torch.Tensor  # (H, N + V, C)
-    out: torch.Tensor  # (D, H * V)
+    kv_b: Matrix  # (H * (N + V), C)
+    out: Matrix  # (D, H * V)
 
     def __call__(
         self,
@@ -92,10 +92,10 @@ class Attention:
 
     def _naive(self, q: Queries, group: Group, cache: LatentCache) -> torch.Tensor:
         blocks = _query_blocks(torch.cat((q.nope, q.rope), -1), group)  # (B, n, H, N + R)
-        n_nope = self.config.qk_nope_head_dim
+        n_nope, expand = self.config.qk_nope_head_dim, self._expand(q.nope.dtype)
         for start, latent in _key_blocks(self.layer, group, cache):
             c, k_pe = torch.split(latent, [self.config.kv_lora_rank, self.config.qk_rope_head_dim], -1)
-            kv = torch.einsum("bkc,hmc->bkhm", c, self.kv_b)  # (B, k, H, N + V)
+            kv = torch.einsum("bkc,hmc->bkhm", c, expand)  # (B, k, H, N + V)
             heads_pe = k_pe[:, :, None].expand(*kv.shape[:3], -1)  # (B, k, H, R)
             keys, values = torch.cat((kv[..., :n_nope], heads_pe), -1), kv[..., n_nope:]
             for block in blocks:
@@ -106,7 +106,7 @@ class Attention:
 
     def _absorbed(self, q: Queries, group: Group, cache: LatentCache) -> torch.Tensor:
         w_uk, w_uv = torch.split(
-            self.kv_b, [self.config.qk_nope_head_dim, self.config.v_head_dim], 1
+            self._expand(q.nope.dtype), [self.config.qk_nope_head_dim, self.config.v_head_dim], 1
         )  # (H, N, C), (H, V, C)
         in_latent = torch.einsum("bqhn,hnc->bqhc", q.nope, w_uk)
         blocks = _query_blocks(torch.cat((in_latent, q.rope), -1), group)  # (B, n, H, C + R)
@@ -118,6 +118,10 @@ class Attention:
                     block.add(scores.float() * self.config.softmax_scale, start, "bqhk,bkc->bqhc", c)
         mixed = torch.cat([block.result() for block in blocks], 1).to(q.nope.dtype)  # (B, n, H, C)
         return torch.einsum("bqhc,hvc->bqhv", mixed, w_uv)
+
+    def _expand(self, dtype: torch.dtype) -> torch.Tensor:
+        """From a latent to the heads' keys and values: (H, N + V, C)."""
+        return torch.unflatten(widened(self.kv_b, dtype), 0, (self.config.num_attention_heads, -1))
 
 
 class QueryBlock:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch.nn.functional import embedding, linear
+from torch.nn.functional import embedding
 
 from hybrid.config import ModelConfig
 from hybrid.inputs import StepInputs
@@ -16,9 +16,10 @@ from hybrid.kv import LatentCache
 from hybrid.layers import Mlp, rms_norm
 from hybrid.mla import Attention, MlaPath
 from hybrid.moe import Moe, RoutedExperts, Router, Watch
+from hybrid.narrow import Matrix, linear
 from hybrid.rope import Rope, build_rope
 
-Tensors = Mapping[str, torch.Tensor]
+Tensors = Mapping[str, Matrix]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,15 +38,15 @@ class Transformer:
 
     eps: float
     rope: Rope
-    embed: torch.Tensor  # (vocabulary, D)
+    embed: torch.Tensor  # (vocabulary, D), on the device or in RAM
     blocks: tuple[Block, ...]
     norm: torch.Tensor  # (D,)
-    head: torch.Tensor  # (vocabulary, D)
+    head: Matrix  # (vocabulary, D)
 
     def hidden(self, inputs: StepInputs, cache: LatentCache) -> torch.Tensor:
         """The residual stream after the last block, (T, D); the new ids' latents are in the cache afterwards."""
         table = self.rope.table(inputs.positions)  # 2 x (T, R/2)
-        x = embedding(inputs.ids, self.embed)  # (T, D)
+        x = embedding(inputs.ids.to(self.embed.device), self.embed).to(inputs.ids.device)  # (T, D)
         for block in self.blocks:
             x = x + block.attention(rms_norm(x, block.attention_norm, self.eps), inputs, cache, self.rope, table)
             x = x + block.mlp(rms_norm(x, block.mlp_norm, self.eps))
@@ -60,23 +61,16 @@ def build_model(
     config: ModelConfig, tensors: Tensors, experts: RoutedExperts, path: MlaPath, watch: Watch | None = None
 ) -> Transformer:
     """Join the loaded tensors (names of `ModelConfig.tensor_shapes`) to a model."""
-    routers = {
-        layer: Router(
-            config,
-            tensors[f"model.layers.{layer}.mlp.gate.weight"],
-            tensors.get(f"model.layers.{layer}.mlp.gate.e_score_correction_bias"),
-        )
-        for layer in config.moe_layers
-    }
-    embed = tensors["model.embed_tokens.weight"]
+    routers = {layer: _router(config, layer, tensors) for layer in config.moe_layers}
+    embed, norm = _wide(tensors, "model.embed_tokens.weight"), _wide(tensors, "model.norm.weight")
     return Transformer(
         eps=config.rms_norm_eps,
-        rope=build_rope(config, embed.device),
+        rope=build_rope(config, norm.device),
         embed=embed,
         blocks=tuple(
             _block(config, layer, tensors, routers, experts, path, watch) for layer in range(config.num_hidden_layers)
         ),
-        norm=tensors["model.norm.weight"],
+        norm=norm,
         head=embed if config.tie_word_embeddings else tensors["lm_head.weight"],
     )
 
@@ -92,9 +86,9 @@ def _block(
 ) -> Block:
     base = f"model.layers.{layer}."
     return Block(
-        attention_norm=tensors[f"{base}input_layernorm.weight"],
+        attention_norm=_wide(tensors, f"{base}input_layernorm.weight"),
         attention=_attention(config, layer, tensors, path),
-        mlp_norm=tensors[f"{base}post_attention_layernorm.weight"],
+        mlp_norm=_wide(tensors, f"{base}post_attention_layernorm.weight"),
         mlp=_moe(layer, tensors, routers, experts, watch) if layer in routers else _mlp(tensors, f"{base}mlp."),
     )
 
@@ -106,13 +100,19 @@ def _attention(config: ModelConfig, layer: int, tensors: Tensors, path: MlaPath)
         layer=layer,
         path=path,
         q_a=tensors.get(f"{base}q_a_proj.weight"),
-        q_a_norm=tensors.get(f"{base}q_a_layernorm.weight"),
+        q_a_norm=None if config.q_lora_rank is None else _wide(tensors, f"{base}q_a_layernorm.weight"),
         q_b=tensors[f"{base}{'q_proj' if config.q_lora_rank is None else 'q_b_proj'}.weight"],
         kv_a=tensors[f"{base}kv_a_proj_with_mqa.weight"],
-        kv_a_norm=tensors[f"{base}kv_a_layernorm.weight"],
-        kv_b=torch.unflatten(tensors[f"{base}kv_b_proj.weight"], 0, (config.num_attention_heads, -1)),  # (H, N + V, C)
+        kv_a_norm=_wide(tensors, f"{base}kv_a_layernorm.weight"),
+        kv_b=tensors[f"{base}kv_b_proj.weight"],
         out=tensors[f"{base}o_proj.weight"],
     )
+
+
+def _router(config: ModelConfig, layer: int, tensors: Tensors) -> Router:
+    gate = f"model.layers.{layer}.mlp.gate."
+    bias = f"{gate}e_score_correction_bias"
+    return Router(config, _wide(tensors, f"{gate}weight"), _wide(tensors, bias) if bias in tensors else None)
 
 
 def _moe(
@@ -126,3 +126,10 @@ def _moe(
 
 def _mlp(tensors: Tensors, base: str) -> Mlp:
     return Mlp(*(tensors[f"{base}{part}_proj.weight"] for part in ("gate", "up", "down")))
+
+
+def _wide(tensors: Tensors, name: str) -> torch.Tensor:
+    """One that is never narrow."""
+    found = tensors[name]
+    assert isinstance(found, torch.Tensor), f"{name} is looked up or added, not multiplied by"
+    return found

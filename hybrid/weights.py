@@ -1,8 +1,8 @@
 """Everything but the routed experts, streamed from the checkpoint to the device.
 
-One tensor at a time, in file order: beside the weights themselves, memory peaks at the largest tensor. Shapes are
-checked against the config before the first byte is read. Knows file names and types, no model structure. Called by
-`hybrid.engine`.
+One tensor at a time, in file order: beside the weights themselves, memory peaks at the largest tensor, or where that
+becomes narrow at STRIP values of it. Shapes are checked against the config before the first byte is read. Knows file
+names and types, no model structure. Called by `hybrid.engine`.
 """
 
 import re
@@ -11,7 +11,9 @@ from collections.abc import Callable, Iterable
 import numpy as np
 import torch
 
-from hybrid.config import ModelConfig, is_router
+from hybrid.config import ModelConfig, NarrowFormat, is_router
+from hybrid.narrow import CODES, Matrix, Narrow, quantised
+from hybrid.widths import format_of
 from offload.checkpoint import Checkpoint, CheckpointError, TensorInfo
 from offload.config import FP8_BLOCK, Progress
 
@@ -19,6 +21,8 @@ Notice = Callable[[str], None]
 
 # Published types that hold the plain value, and torch's name for the bytes that `Checkpoint.array` hands out.
 PLAIN_TYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+STRIP = 1 << 24  # values that are narrowed at a time, 67 MB in float32
+EMBEDDING = "model.embed_tokens.weight"
 SHOWN_NAMES = 3  # tensor names spelled out in one message
 
 
@@ -29,8 +33,12 @@ def load_weights(
     dtype: torch.dtype,
     progress: Progress,
     notice: Notice,
-) -> dict[str, torch.Tensor]:
-    """All tensors of `config.tensor_shapes()` by that name, on `device`: in `dtype`, the router in float32.
+    narrow: NarrowFormat | None = None,
+    embedding_in_ram: bool = False,
+) -> dict[str, Matrix]:
+    """All tensors of `config.tensor_shapes()` by that name, on `device`: in `dtype`, the router in float32, and those
+    that `hybrid.widths` names in one byte for each value where `narrow` is asked for. The embedding stays in RAM where
+    that is asked for, unless it is the head as well.
 
     Raises CheckpointError, naming tensor, expected and found, where one is missing or does not fit the config.
     """
@@ -38,11 +46,17 @@ def load_weights(
     in_file_order = sorted(found, key=lambda name: (str(found[name].path), found[name].offset))
     total = sum(info.n_bytes for info in found.values())
     done = 0
-    tensors: dict[str, torch.Tensor] = {}
+    tensors: dict[str, Matrix] = {}
     progress("weights", done, total)
     for name in in_file_order:
         info = found[name]
-        tensors[name] = _read(checkpoint, info).to(device, torch.float32 if is_router(name) else dtype)
+        fmt = format_of(name, info.shape, narrow)
+        if fmt is None:
+            stays = embedding_in_ram and name == EMBEDDING and not config.tie_word_embeddings
+            where = torch.device("cpu") if stays else device
+            tensors[name] = _read(checkpoint, info).to(where, torch.float32 if is_router(name) else dtype)
+        else:
+            tensors[name] = _narrowed(checkpoint, info, fmt, device)
         done += info.n_bytes
         progress("weights", done, total)
     strange = unknown_names(config, checkpoint.tensors)
@@ -108,12 +122,37 @@ def _check(checkpoint: Checkpoint, info: TensorInfo, shape: tuple[int, ...]) -> 
         )
 
 
-def _read(checkpoint: Checkpoint, info: TensorInfo) -> torch.Tensor:
-    """One tensor's values in host memory: as published, or float32 where it was fp8."""
-    data = torch.from_numpy(np.array(checkpoint.array(info.name)))  # a copy: the mapping is read-only
+def _narrowed(checkpoint: Checkpoint, info: TensorInfo, fmt: NarrowFormat, device: torch.device) -> Narrow:
+    """A matrix in one byte for each value: published fp8 as it is, all else quantised row by row, in strips."""
+    if fmt == "fp8" and info.dtype == "F8_E4M3":
+        codes, scales = (_array(checkpoint, name) for name in (info.name, f"{info.name}_scale_inv"))
+        return Narrow(codes.view(CODES[fmt]).to(device), scales.to(device))
+    n_rows, n_in = info.shape
+    found = Narrow(
+        torch.empty((n_rows, n_in), dtype=CODES[fmt], device=device),
+        torch.empty((n_rows, 1), dtype=torch.float32, device=device),
+    )
+    step = max(1, STRIP // n_in // FP8_BLOCK) * FP8_BLOCK
+    for first in range(0, n_rows, step):
+        rows = slice(first, min(first + step, n_rows))
+        found.codes[rows], found.scales[rows] = quantised(_read(checkpoint, info, rows).to(device), fmt)
+    if not torch.isfinite(found.scales).all():
+        raise CheckpointError(f"{info.path}: {info.name} holds NaN or infinity; the file is damaged, download it again")
+    return found
+
+
+def _read(checkpoint: Checkpoint, info: TensorInfo, rows: slice = slice(None)) -> torch.Tensor:
+    """One tensor's values in host memory: as published, or float32 where it was fp8. `rows` are of whole blocks."""
+    data = _array(checkpoint, info.name, rows)
     if info.dtype != "F8_E4M3":
         return data.view(PLAIN_TYPES[info.dtype])
-    return from_fp8(data, torch.from_numpy(np.array(checkpoint.array(f"{info.name}_scale_inv"))))
+    first, after = (None if row is None else -(-row // FP8_BLOCK) for row in (rows.start, rows.stop))
+    return from_fp8(data, _array(checkpoint, f"{info.name}_scale_inv", slice(first, after)))
+
+
+def _array(checkpoint: Checkpoint, name: str, rows: slice = slice(None)) -> torch.Tensor:
+    """A copy: the mapping is read-only."""
+    return torch.from_numpy(np.array(checkpoint.array(name)[rows]))
 
 
 def from_fp8(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:

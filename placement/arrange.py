@@ -74,7 +74,9 @@ class Task:
         return replace(self, routing=Routing(np.tile(mean, (len(self.routing.shares), 1)), self.routing.tokens))
 
     def setup(self, layout: Layout, streams: bool, from_disk: float = 0.0) -> Setup:
-        return Setup(layout.weights, self.kernel or "", layout.slots, streams=streams, from_disk=from_disk)
+        return Setup(
+            layout.weights, self.kernel or "", layout.slots, streams=streams, from_disk=from_disk, kv=layout.kv_dtype
+        )
 
     @cached_property
     def has_link(self) -> bool:

@@ -13,7 +13,8 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-from hybrid.config import KEY_BLOCK, QUERY_BLOCK, ModelConfig, is_router
+from hybrid.config import KEY_BLOCK, QUERY_BLOCK, KvDtype, ModelConfig, is_router
+from hybrid.widths import kv_bytes_per_token
 from offload.config import ExpertFormat, Isa, Precision
 from placement.expert_cost import (
     Array,
@@ -37,8 +38,9 @@ __all__ = [
 ]  # fmt: skip
 
 ITEM_BYTES: dict[WeightDtype, int] = {"float32": 4, "bfloat16": 2, "fp8": 1, "int8": 1}
-# fp8 and int8 are for attention, shared experts and dense MLPs: the head decides tokens and the router experts.
-WIDE_DTYPE: dict[WeightDtype, WeightDtype] = {"fp8": "bfloat16", "int8": "bfloat16"}
+WIDE_DTYPE: dict[WeightDtype, WeightDtype] = {"fp8": "bfloat16", "int8": "bfloat16"}  # of all that is not narrow
+# Both are read as one byte for each weight and widened before the product, so one's times are good for the other.
+STAND_IN: dict[WeightDtype, WeightDtype] = {"fp8": "int8", "int8": "fp8"}
 MEMO = 4096  # steps that are remembered
 MEASURE = "run `hybrid measure` on that machine"
 
@@ -54,6 +56,7 @@ class Setup:
     overlaps: bool = True  # the shared expert and VRAM experts run beside the CPU's; needs a device of its own
     kv_in_ram: float = 0.0  # share of the KV that lies in RAM and crosses the link in every step
     from_disk: float = 0.0  # share of the experts outside VRAM that are not in RAM either
+    kv: KvDtype = "model"
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +124,7 @@ class Rates:
     dense: tuple[Linear, ...]  # attention's projections, dense MLPs and the router, over all layers
     shared: Linear
     head: Linear
-    kv_item: int
+    kv_token: int  # bytes of cache, all layers
     own_device: bool  # device and RAM are two memories
     hand_over: tuple[float, float]  # seconds of a byte of hidden states to RAM, and back
     launches: tuple[float, float]  # seconds of a step, and of each sequence in it
@@ -149,7 +152,7 @@ def resolve(model: ModelConfig, profile: Profile, setup: Setup, routing: Routing
         raise CostError(f"profile {profile.name} has no link between RAM and its device; {MEASURE}")
     wide = WIDE_DTYPE.get(setup.weights, setup.weights)
     counts = _weight_counts(model)
-    narrow_table, wide_table = _table(profile, setup.weights), _table(profile, wide)
+    narrow_table = _table(profile, setup.weights)
     n_layers = model.num_hidden_layers
     gemm = _gemm(profile, setup.weights)
     experts = ExpertRates(
@@ -174,8 +177,8 @@ def resolve(model: ModelConfig, profile: Profile, setup: Setup, routing: Routing
             Linear(counts["router"], _table(profile, "float32", wide), 4),
         ),
         shared=Linear(counts["shared"], narrow_table, ITEM_BYTES[setup.weights]),
-        head=Linear(counts["head"], wide_table, ITEM_BYTES[wide]),
-        kv_item=ITEM_BYTES[wide],
+        head=Linear(counts["head"], narrow_table, ITEM_BYTES[setup.weights]),
+        kv_token=kv_bytes_per_token(model, ITEM_BYTES[wide], setup.kv),
         own_device=own,
         hand_over=(1 / profile.link.from_device.value, 1 / profile.link.to_device.value)
         if profile.link
@@ -296,7 +299,7 @@ def _attention_seconds(rates: Rates, load: Load) -> tuple[float, float]:
     model = rates.model
     n_layers, latent = model.num_hidden_layers, model.kv_lora_rank
     flops = 2 * model.num_attention_heads * (model.latent_size + latent) * load.context * n_layers
-    read = load.context * model.kv_bytes_per_token(rates.kv_item)
+    read = load.context * rates.kv_token
     decode = max(flops / rates.attention[0], read / rates.kv_read)
     prefill = sum(_prompt_flops(model, new, before) for new, before in load.chunks) * n_layers / rates.attention[1]
     return decode, prefill
@@ -322,7 +325,7 @@ def _prompt_flops(model: ModelConfig, new: int, before: int) -> float:
 def _kv_bytes(rates: Rates, load: Load) -> float:
     """Cached latents that a step reads."""
     n_ids = load.context + sum(new + before for new, before in load.chunks)
-    return float(n_ids * rates.model.kv_bytes_per_token(rates.kv_item))
+    return float(n_ids * rates.kv_token)
 
 
 def _moved(rates: Rates, load: Load, experts: ExpertCost, kv_link: float, hidden: float) -> dict[str, float]:
@@ -357,7 +360,8 @@ def _matrices(model: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def _gemm(profile: Profile, dtype: WeightDtype) -> Gemm:
-    found = next((gemm for gemm in profile.device.gemms if gemm.dtype == dtype), None) if profile.device else None
+    known = {gemm.dtype: gemm for gemm in profile.device.gemms} if profile.device else {}
+    found = known.get(dtype) or known.get(STAND_IN.get(dtype, dtype))
     if found is None:
         raise CostError(f"profile {profile.name} has no products in {dtype}; {MEASURE}, or choose other weights")
     return found

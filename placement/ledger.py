@@ -8,16 +8,17 @@ Knows no speeds and no requests. The engine process and the planner call it.
 """
 
 import functools
-import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Literal
 
-from hybrid.config import KEY_BLOCK, LOGIT_ROWS, QUERY_BLOCK, ModelConfig, is_router
+from hybrid.config import KEY_BLOCK, LOGIT_ROWS, QUERY_BLOCK, WIDE_TILE, KvDtype, ModelConfig, NarrowFormat
+from hybrid.widths import best_narrow, held_bytes, kv_bytes_per_token
 from offload.config import GROUP, ExpertFormat, Isa, Precision
 from placement.facts import Facts
 from placement.kept import kept_pages
-from placement.plan import WeightDtype
+from placement.plan import WeightDtype, engine_types
 
 ExpertTarget = Literal["native", "int8", "int4"]
 Where = Literal["device", "RAM", "disk"]
@@ -32,8 +33,7 @@ GROUPS = (
     ("mlp.", "dense MLP"),
     ("lm_head", "output head"),
 )
-NARROW_GROUPS = ("attention", "shared experts", "dense MLP")  # what fp8 and int8 make smaller; the rest stays bf16
-ITEM_BYTES: dict[WeightDtype, int] = {"float32": 4, "bfloat16": 2, "fp8": 2, "int8": 2}  # but for the narrow groups
+ITEM_BYTES: dict[WeightDtype, int] = {"float32": 4, "bfloat16": 2, "fp8": 2, "int8": 2}  # of what is not narrow
 DEVICE_RESERVE = 0.05  # of the device's memory: libraries, allocator gaps
 HOST_RESERVE = 512 * 2**20  # interpreter, torch, compiled kernels, the REST process
 CPU_KV_SHARE = 0.5  # of what is left beside weights and experts: the rest of the machine lives there too
@@ -64,6 +64,7 @@ class Wishes:
     experts: Literal["numba", "kt"] = "numba"
     isa: Isa | None = None
     threads: int | None = None
+    kv_dtype: KvDtype = "model"
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +86,7 @@ class Layout:
     kv_in_ram: int = 0  # room for pages in RAM that are read over the link in every step
     kept_in_ram: int | None = None  # of pages for prefixes that no running request holds, None for a share of the rest
     amx: bool = False  # the CPU's tier, which keeps copies of its inputs
+    kv_dtype: KvDtype = "model"
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,10 +122,20 @@ def place(model: ModelConfig, facts: Facts, wishes: Wishes) -> Placement:
     if wishes.max_model_len is not None and wishes.max_model_len > model.max_position_embeddings:
         limit = model.max_position_embeddings
         raise PlacementError(f"--max-model-len {wishes.max_model_len}: the model allows at most {limit} tokens")
-    try:
-        return fit(model, facts, layout_of(model, facts, wishes))
-    except PlacementError as error:
-        raise PlacementError(f"{error}; {_remedy(model, facts, wishes)}") from None
+    complaints: list[str] = []
+    for weights in weight_choices(model, facts, wishes):
+        try:
+            return fit(model, facts, layout_of(model, facts, replace(wishes, dtype=weights)))
+        except PlacementError as error:
+            complaints.append(f"{error}" + (f", with weights in {weights}" if complaints else ""))
+    raise PlacementError(f"{complaints[-1]}; {_remedy(model, facts, wishes)}")
+
+
+def weight_choices(model: ModelConfig, facts: Facts, wishes: Wishes) -> tuple[WeightDtype, ...]:
+    """Weights that the plain layout may have, the best first: narrow ones where nothing wider fits a GPU."""
+    if wishes.dtype is not None:
+        return (wishes.dtype,)
+    return ("bfloat16", best_narrow(model)) if facts.device == "cuda" else ("float32",)
 
 
 def layout_of(model: ModelConfig, facts: Facts, wishes: Wishes) -> Layout:
@@ -139,6 +151,7 @@ def layout_of(model: ModelConfig, facts: Facts, wishes: Wishes) -> Layout:
         page_size=wishes.page_size,
         mapped=wishes.packed,
         amx=wishes.isa == "amx",
+        kv_dtype=wishes.kv_dtype,
     )
 
 
@@ -189,29 +202,17 @@ def group_of(name: str) -> str:
 
 def page_bytes(model: ModelConfig, layout: Layout) -> int:
     """Bytes of one page over all layers."""
-    return layout.page_size * model.kv_bytes_per_token(ITEM_BYTES[layout.weights])
+    return layout.page_size * kv_bytes_per_token(model, ITEM_BYTES[layout.weights], layout.kv_dtype)
 
 
-def weight_bytes(model: ModelConfig, itemsize: int, narrow: int | None = None) -> dict[str, int]:
-    """Bytes of everything but the routed experts, by tensor group. The router stays float32.
-
-    `narrow` is the size of a value in the groups that fp8 and int8 make smaller; their scales are a 4,000th more.
-    """
+@functools.lru_cache(maxsize=16)  # a planner asks a hundred times
+def weight_bytes(model: ModelConfig, itemsize: int, narrow: NarrowFormat | None = None) -> Mapping[str, int]:
+    """Bytes of everything but the routed experts, by tensor group, as `hybrid.widths` holds them."""
     groups: dict[str, int] = {}
-    for group, router, count in _weight_counts(model):
-        size = narrow if narrow is not None and group in NARROW_GROUPS else itemsize
-        groups[group] = groups.get(group, 0) + count * (4 if router else size)
-    return groups
-
-
-@functools.lru_cache(maxsize=4)
-def _weight_counts(model: ModelConfig) -> tuple[tuple[str, bool, int], ...]:
-    """(group, whether it is the router, values) in the order of the tensors; a planner asks a hundred times."""
-    counts: dict[tuple[str, bool], int] = {}
     for name, shape in model.tensor_shapes().items():
-        key = (group_of(name), is_router(name))
-        counts[key] = counts.get(key, 0) + math.prod(shape)
-    return tuple((*key, count) for key, count in counts.items())
+        n_bytes = held_bytes(name, shape, itemsize, narrow, model.expert_format == "fp8")
+        groups[group_of(name)] = groups.get(group_of(name), 0) + n_bytes
+    return MappingProxyType(groups)
 
 
 def expert_bytes(model: ModelConfig, fmt: ExpertFormat) -> int:
@@ -233,7 +234,8 @@ def workspace_bytes(model: ModelConfig, layout: Layout) -> int:
     waiting = (layout.max_batch_tokens - at_once) * 2 * model.hidden_size * item
     keys = KEY_BLOCK * max(2 * heads * head, layout.max_running * model.latent_size) * item
     scores = 3 * 4 * max(QUERY_BLOCK, layout.max_running) * heads * KEY_BLOCK
-    return activations + waiting + keys + scores + 3 * 4 * LOGIT_ROWS * model.vocab_size
+    widened = WIDE_TILE * item if engine_types(layout.weights)[1] else 0
+    return activations + waiting + keys + scores + widened + 3 * 4 * LOGIT_ROWS * model.vocab_size
 
 
 def host_buffer_bytes(model: ModelConfig, layout: Layout) -> int:
@@ -269,9 +271,8 @@ def kv_buffer_bytes(model: ModelConfig, kv_in_ram: int) -> int:
     return 2 * kv_in_ram // model.num_hidden_layers
 
 
-def _weights(model: ModelConfig, layout: Layout) -> dict[str, int]:
-    narrow = 1 if layout.weights in ("fp8", "int8") else None
-    return weight_bytes(model, ITEM_BYTES[layout.weights], narrow)
+def _weights(model: ModelConfig, layout: Layout) -> Mapping[str, int]:
+    return weight_bytes(model, ITEM_BYTES[layout.weights], engine_types(layout.weights)[1])
 
 
 def _host_experts(model: ModelConfig, layout: Layout) -> int:
@@ -378,6 +379,8 @@ def _remedy(model: ModelConfig, facts: Facts, wishes: Wishes) -> str:
         changes.append(("no --kv-ram", replace(wishes, kv_ram=None)))
     if wishes.dtype == "float32":
         changes.append(("--dtype bfloat16", replace(wishes, dtype="bfloat16")))
+    if wishes.dtype in ("float32", "bfloat16"):
+        changes.append((f"--dtype {best_narrow(model)}", replace(wishes, dtype=best_narrow(model))))
     if not wishes.packed:
         targets: tuple[ExpertTarget, ...] = ("int8", "int4", "native")
         changes += [(f"--expert-format {target}", replace(wishes, expert_target=target)) for target in targets]

@@ -22,24 +22,21 @@ from hybrid.engine import DTYPES, Engine
 from hybrid.inputs import Group, upload
 from hybrid.kv import LatentCache, allocate
 from hybrid.mla import Attention, Queries
+from hybrid.narrow import Matrix, Narrow, linear, quantised
 from hybrid.random_checkpoint import write_checkpoint
 from hybrid.sampler import sample_rows
 from offload.config import PoolConfig
 from placement.document import Measured
 from placement.hardware import Hardware
 from placement.measure_kernels import CACHES, cache_bytes, small_config
-from placement.measure_timing import CannotMeasureError, Effort, Sizes, medians, take_turns, timed
-from placement.plan import WeightDtype
+from placement.measure_timing import Effort, Sizes, medians, take_turns, timed
+from placement.plan import WeightDtype, engine_types
 from placement.profile import Device, Gemm, median_of
 
 PAGE_SIZE = 16
 GATHERED_ROWS = 4
 LAUNCHES = 20  # products between two looks at a GPU's clock
 SMALL_VOCABULARY = 512
-FP8, FP8_CAPABILITY = torch.float8_e4m3fn, (8, 9)
-INT8_ROWS = 32  # torch's int8 product on CUDA takes more than 16 rows
-
-Launch = Callable[[torch.Tensor, torch.Tensor], object]
 
 
 def measure_device(hardware: Hardware, device: torch.device, sizes: Sizes, scratch: Path) -> Device:
@@ -66,19 +63,19 @@ def own_dtype(device: torch.device) -> WeightDtype:
 
 
 def measure_gemm(hardware: Hardware, device: torch.device, dtype: WeightDtype, sizes: Sizes) -> Gemm:
-    """Products by rows, over more weights than the caches hold. Raises CannotMeasureError where there is no product."""
+    """Products by rows as the engine calls them, over more weights than the caches hold."""
     item = {"float32": 4, "bfloat16": 2}.get(dtype, 1)
     n_weights = max(3, -(-CACHES * _cache(hardware, device) // (item * sizes.gemm**2)))
-    weights = itertools.cycle([_operand(sizes.gemm, sizes.gemm, dtype, device) for _ in range(n_weights)])
-    launch, least = _product(dtype, device)
+    weights = itertools.cycle([_weight(sizes.gemm, dtype, device) for _ in range(n_weights)])
+    computed = DTYPES[own_dtype(device)] if engine_types(dtype)[1] else DTYPES[dtype]
     n_launches = LAUNCHES if device.type == "cuda" else 1
 
     def call_with(rows: int) -> Callable[[], float]:
-        x = _operand(max(rows, least), sizes.gemm, dtype, device)
+        x = torch.randn((rows, sizes.gemm), device=device).to(computed)
 
         def run() -> None:
             for _ in range(n_launches):
-                launch(x, next(weights))
+                linear(x, next(weights))
 
         return lambda: timed(device, run) / n_launches
 
@@ -171,7 +168,7 @@ class _Attend:
         kv_b = self._normal(heads, nope + model.v_head_dim, latent) / latent**0.5
         attention = Attention(
             config=model, layer=0, path="naive" if path == "naive" else "absorbed", q_a=None, q_a_norm=None, q_b=empty,
-            kv_a=empty, kv_a_norm=empty, kv_b=kv_b, out=empty,
+            kv_a=empty, kv_a_norm=empty, kv_b=kv_b.flatten(0, 1), out=empty,
         )  # fmt: skip
         queries = Queries(self._normal(rows, new, heads, nope), self._normal(rows, new, heads, model.qk_rope_head_dim))
         return lambda: timed(self._device, lambda: attention._attend(queries, group, self._cache))
@@ -258,26 +255,11 @@ def _thinned(seconds: list[float], n: int) -> list[float]:
     return [median_of(part.tolist()).value for part in np.array_split(np.array(seconds), n)]
 
 
-def _operand(rows: int, size: int, dtype: WeightDtype, device: torch.device) -> torch.Tensor:
-    """Normal numbers, (rows, size)."""
-    values = torch.randn((rows, size), device=device)
-    if dtype == "int8":
-        return (values * 32).clamp(-127, 127).to(torch.int8)
-    return values.to(FP8 if dtype == "fp8" else DTYPES[dtype])
-
-
-def _product(dtype: WeightDtype, device: torch.device) -> tuple[Launch, int]:
-    """x (rows, n) times a weight (n, n) as the engine would call it, and the least rows that it takes."""
-    if dtype in ("float32", "bfloat16"):
-        return torch.nn.functional.linear, 1
-    if device.type != "cuda":
-        raise CannotMeasureError(f"no product in {dtype} on this device")
-    if dtype == "int8":
-        return lambda x, weight: torch._int_mm(x, weight.t()), INT8_ROWS
-    if torch.cuda.get_device_capability(device) < FP8_CAPABILITY:
-        raise CannotMeasureError("no product in fp8 on this GPU")
-    one = torch.ones((), device=device)
-    return lambda x, w: torch._scaled_mm(x, w.t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16), 1
+def _weight(size: int, dtype: WeightDtype, device: torch.device) -> Matrix:
+    """Normal numbers, (size, size)."""
+    values = torch.randn((size, size), device=device)
+    computed, narrow = engine_types(dtype)
+    return Narrow(*quantised(values, narrow)) if narrow else values.to(DTYPES[computed])
 
 
 def _cache(hardware: Hardware, device: torch.device) -> int:

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from hybrid.config import ModelConfig
+from hybrid.config import KvDtype, ModelConfig, NarrowFormat
 from offload.config import ExpertFormat, Isa, Precision
 from placement.document import Bytes, Count, DocumentError, Duration, Seconds, read_document, write_document
 
@@ -20,8 +20,7 @@ WeightDtype = Literal["float32", "bfloat16", "fp8", "int8"]
 GoalKind = Literal["latency", "throughput", "swarm"]
 # What a plan may want of the engine beyond what every engine does.
 Ability = Literal[
-    "fp8 weights", "int8 weights", "experts in VRAM", "experts leaving RAM", "streaming prefill",
-    "KV streamed from RAM", "embedding in RAM",
+    "experts in VRAM", "experts leaving RAM", "streaming prefill", "KV streamed from RAM",
 ]  # fmt: skip
 ENGINE_ABILITIES: frozenset[Ability] = frozenset()  # of this version; a plan that needs others is not served
 
@@ -108,6 +107,7 @@ class Settings:
     max_running: Count
     max_model_len: Count
     pages_kept: int = 0  # in RAM, for prefixes that no running request holds; copied to the device before use
+    kv_dtype: KvDtype = "model"
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,13 +143,10 @@ class Plan:
         """What the engine must be able to do, sorted. From the settings: people edit plans."""
         settings = self.settings
         asked: dict[Ability, bool] = {
-            "fp8 weights": settings.weights == "fp8",
-            "int8 weights": settings.weights == "int8",
             "experts in VRAM": any(settings.slots),
             "experts leaving RAM": settings.experts_leave_ram,
             "streaming prefill": settings.ring > 0 or settings.stream_from_rows is not None,
             "KV streamed from RAM": settings.pages_in_ram > 0,
-            "embedding in RAM": settings.embedding_in_ram,
         }
         return tuple(sorted(ability for ability, wanted in asked.items() if wanted))
 
@@ -157,6 +154,11 @@ class Plan:
     def lacking(self) -> tuple[Ability, ...]:
         """What it needs and this version's engine does not do."""
         return tuple(ability for ability in self.needs if ability not in ENGINE_ABILITIES)
+
+
+def engine_types(weights: WeightDtype) -> tuple[Literal["float32", "bfloat16"], NarrowFormat | None]:
+    """What an engine with such weights computes in, and how it holds its matrices."""
+    return ("bfloat16", weights) if weights == "fp8" or weights == "int8" else (weights, None)
 
 
 def model_fingerprint(model: ModelConfig) -> str:

@@ -76,6 +76,7 @@ def setup_of(plan: Plan, profile: Profile) -> Setup:
         streams=settings.ring > 0,
         kv_in_ram=share_in_ram(goal, cache, batch_run(goal, cache), request_tokens(goal)),
         from_disk=on_disk / outside if outside else 0.0,
+        kv=settings.kv_dtype,
     )
 
 
@@ -252,6 +253,7 @@ def _settings(decision: Decision) -> Settings:
         max_running=min(held, layout.max_running) if crowded else layout.max_running,
         max_model_len=placement.max_model_len,
         pages_kept=placement.pages_kept,
+        kv_dtype=layout.kv_dtype,
     )
 
 

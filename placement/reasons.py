@@ -4,16 +4,17 @@ Knows how choices were made and changes none. Called by the planner.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
+from hybrid.widths import best_narrow
 from placement.arrange import Arrangement, Task
 from placement.cost import Load, step_cost
 from placement.expert_cost import expert_cost
 from placement.forecast import batch_run, cached_tokens, decode_step, human_seconds, request_tokens
 from placement.hardware import Hardware
-from placement.ledger import HOST_RESERVE, MAX_RUNNING, human, pack_command, page_bytes, weight_bytes
-from placement.plan import Choice, Prediction, Settings, WeightDtype
+from placement.ledger import HOST_RESERVE, ITEM_BYTES, MAX_RUNNING, human, pack_command, page_bytes, weight_bytes
+from placement.plan import Choice, Prediction, Settings, WeightDtype, engine_types
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +24,7 @@ class Decision:
     task: Task
     found: Arrangement
     passed: tuple[tuple[WeightDtype, str], ...]  # weights that did not fit, and why
-    narrow: Arrangement | None  # with fp8 weights, where it was not taken
+    narrow: Arrangement | None  # with narrow weights, where it was not taken
     threads: tuple[int, str]
     hardware: Hardware | None
 
@@ -102,8 +103,9 @@ def _weights(decision: Decision) -> Choice:
     if task.facts.device == "cpu":
         reason = "on the CPU, where products in float32 are the fast ones"
         return Choice("weights", value, reason if dtype == "float32" else "half the bytes of float32")
-    saved = size - sum(_weight_sizes(decision, "fp8").values())
-    reason = f"as published; fp8 would take {human(saved)} less"
+    other = best_narrow(task.model)
+    saved = size - sum(_weight_sizes(decision, other).values())
+    reason = f"as published; {other} would take {human(saved)} less"
     now, narrow, goal = decision.speed(), decision.narrow, task.goal
     if now and narrow is not None and narrow.rates is not None:
         batch = batch_run(goal, narrow.cache)
@@ -113,9 +115,8 @@ def _weights(decision: Decision) -> Choice:
     return Choice("weights", value, reason)
 
 
-def _weight_sizes(decision: Decision, dtype: WeightDtype) -> dict[str, int]:
-    item = 4 if dtype == "float32" else 2
-    return weight_bytes(decision.task.model, item, 1 if dtype in ("fp8", "int8") else None)
+def _weight_sizes(decision: Decision, dtype: WeightDtype) -> Mapping[str, int]:
+    return weight_bytes(decision.task.model, ITEM_BYTES[dtype], engine_types(dtype)[1])
 
 
 def _experts(decision: Decision, settings: Settings) -> Choice:

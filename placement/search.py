@@ -7,17 +7,18 @@ of a plan. Called by the planner.
 from dataclasses import dataclass, replace
 
 from hybrid.config import ModelConfig
+from hybrid.widths import best_narrow
 from offload.config import ExpertFormat, Isa, Precision
 from placement.arrange import Arrangement, Task, arrange, exact
 from placement.cost import CostError, default_kernel
 from placement.facts import Facts
 from placement.forecast import human_seconds
-from placement.ledger import Layout, PlacementError, Wishes, layout_of, place
-from placement.plan import ENGINE_ABILITIES, Ability, Goal, WeightDtype
+from placement.ledger import Layout, PlacementError, Wishes, layout_of, place, weight_choices
+from placement.plan import Goal, WeightDtype
 from placement.profile import Profile
 from placement.routing import Routing
 
-NARROW_GAIN = 1.5  # that fp8 must bring, to be taken where bfloat16 fits: it changes the model's answers a little
+NARROW_GAIN = 1.5  # that narrow weights must bring, to be taken where bfloat16 fits: they change the answers a little
 
 
 def task_of(
@@ -63,7 +64,7 @@ class Found:
     task: Task  # with the rates that could be used
     arrangement: Arrangement
     passed: tuple[tuple[WeightDtype, str], ...] = ()  # weights that were not taken, and why
-    narrow: Arrangement | None = None  # with fp8 instead of bfloat16
+    narrow: Arrangement | None = None  # with narrow weights instead of bfloat16
     notes: tuple[str, ...] = ()
 
 
@@ -71,10 +72,8 @@ def search(task: Task) -> Found:
     """Raises PlacementError: why even the smallest weights do not fit."""
     plain = layout_of(task.model, task.facts, task.wishes)
     if task.servable:
-        _check_weights(plain.weights)
-        place(task.model, task.facts, task.wishes)  # says what today's engine lacks, and the remedy
-        return Found(task, exact(task, arrange(task, plain)))
-    plain = replace(plain, embedding_in_ram=task.facts.device == "cuda")
+        return _servable(task, plain)
+    plain = replace(plain, embedding_in_ram=task.facts.device == "cuda" and not task.model.tie_word_embeddings)
     passed: tuple[tuple[WeightDtype, str], ...] = ()
     for mapped in (True,) if task.wishes.packed else (False, True):
         for weights in _weights(task):
@@ -92,11 +91,16 @@ def search(task: Task) -> Found:
     raise PlacementError(f"{why}, with weights in {weights}")
 
 
-def _check_weights(dtype: WeightDtype) -> None:
-    """Raises PlacementError for weights that this version's engine does not run."""
-    quantised: dict[WeightDtype, Ability] = {"fp8": "fp8 weights", "int8": "int8 weights"}
-    if dtype in quantised and quantised[dtype] not in ENGINE_ABILITIES:
-        raise PlacementError(f"--dtype {dtype}: this version's engine does not run {quantised[dtype]}; take bfloat16")
+def _servable(task: Task, plain: Layout) -> Found:
+    """What this version's engine does, with the first weights that fit. Raises PlacementError."""
+    place(task.model, task.facts, task.wishes)  # says what is lacking, and the remedy
+    passed: tuple[tuple[WeightDtype, str], ...] = ()
+    for weights in weight_choices(task.model, task.facts, task.wishes):
+        try:
+            return replace(_attempt(task, replace(plain, weights=weights)), passed=passed)
+        except PlacementError as error:
+            passed = (*passed, (weights, str(error)))
+    raise PlacementError(passed[-1][1])
 
 
 def _attempt(task: Task, layout: Layout) -> Found:
@@ -112,16 +116,16 @@ def _weights(task: Task) -> tuple[WeightDtype, ...]:
     """Weights to try, the best first."""
     if task.wishes.dtype is not None:
         return (task.wishes.dtype,)
-    return ("bfloat16", "fp8") if task.facts.device == "cuda" else ("float32", "bfloat16")
+    return ("bfloat16", best_narrow(task.model)) if task.facts.device == "cuda" else ("float32", "bfloat16")
 
 
 def _narrower(found: Found, layout: Layout) -> tuple[Arrangement | None, str]:
-    """The arrangement with fp8 weights instead of bfloat16, and why it is to be taken: "" where it is not."""
+    """The arrangement with narrow weights instead of bfloat16, and why it is to be taken: "" where it is not."""
     task, now = found.task, found.arrangement
     if layout.weights != "bfloat16" or task.wishes.dtype is not None or task.facts.device != "cuda":
         return None, ""
     try:
-        then = exact(task, arrange(task, replace(layout, weights="fp8")))
+        then = exact(task, arrange(task, replace(layout, weights=best_narrow(task.model))))
     except (PlacementError, CostError):
         return None, ""
     if now.rates is None:

@@ -28,7 +28,7 @@ from offload.sources import Target
 from offload.topology import find_topology
 from placement.cost import CostError, Load, resolve, step_cost
 from placement.forecast import first_token, human_seconds
-from placement.plan import Choice, Plan, Point, Settings, Trial
+from placement.plan import Choice, Plan, Point, Settings, Trial, engine_types
 from placement.planner import setup_of
 from placement.profile import Profile
 from placement.routing import uniform
@@ -365,11 +365,12 @@ def _keep(plan: Plan, choice: Choice, **settings: object) -> Plan:
 
 
 def _engine_config(model_dir: Path, model: ModelConfig, settings: Settings) -> EngineConfig:
-    assert settings.weights in ("float32", "bfloat16"), "others need an ability that was asked for above"
+    dtype, narrow = engine_types(settings.weights)
     pool = PoolConfig(settings.threads, settings.expert_precision, settings.isa)
     return EngineConfig(
-        model_dir, settings.device, settings.weights, _target(model, settings), pool,
-        settings.pages_on_device, settings.page_size, experts=settings.experts,
+        model_dir, settings.device, dtype, _target(model, settings), pool, settings.pages_on_device,
+        settings.page_size, experts=settings.experts, narrow=narrow, kv_dtype=settings.kv_dtype,
+        embedding_in_ram=settings.embedding_in_ram,
     )  # fmt: skip
 
 

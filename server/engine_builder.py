@@ -34,7 +34,7 @@ from placement.ledger import (
     place,
     room,
 )
-from placement.plan import Choice, Goal, Plan
+from placement.plan import Choice, Goal, Plan, engine_types
 from placement.planner import ledger_lines, make_plan
 from placement.probe import find_hardware
 from placement.routing import uniform, write_routing
@@ -146,10 +146,11 @@ def _as_loaded(plan: Plan, engine: "Engine") -> Plan:
 
 def _engine_config(settings: ServerSettings, plan: Plan) -> EngineConfig:
     chosen = plan.settings
+    dtype, narrow = engine_types(chosen.weights)
     return EngineConfig(
         model=settings.model,
         device=chosen.device,
-        dtype="float32" if chosen.weights == "float32" else "bfloat16",
+        dtype=dtype,
         expert_format=settings.expert_format,
         pool=PoolConfig(chosen.threads, settings.expert_precision, chosen.isa),
         n_pages=chosen.pages_on_device,
@@ -157,6 +158,9 @@ def _engine_config(settings: ServerSettings, plan: Plan) -> EngineConfig:
         experts=settings.experts,
         expert_ram=_expert_ram(plan),
         n_ram_pages=chosen.pages_kept,
+        narrow=narrow,
+        kv_dtype=chosen.kv_dtype,
+        embedding_in_ram=chosen.embedding_in_ram,
     )
 
 
@@ -170,7 +174,8 @@ def _still_fits(plan: Plan, model: ModelConfig, facts: Facts, wishes: Wishes, pa
     """The ledger of a plan that was made before, with what is free now. Raises PlacementError."""
     if plan.settings.experts_mapped and not wishes.packed:
         raise PlacementError(f"{path}: the plan maps the experts from a packed file: run `hybrid pack MODEL` first")
-    layout, again = layout_of(model, facts, wishes), "free memory, or make a new plan with `hybrid plan`"
+    layout = replace(layout_of(model, facts, wishes), embedding_in_ram=plan.settings.embedding_in_ram)
+    again = "free memory, or make a new plan with `hybrid plan`"
     needed, (spare, _) = plan.settings.pages_on_device * page_bytes(model, layout), room(model, facts, layout)
     if 0 <= spare < needed:
         raise PlacementError(
@@ -283,5 +288,6 @@ def _wishes(settings: ServerSettings, packed: bool) -> Wishes:
         precision=settings.expert_precision,
         experts="kt" if settings.experts == "kt" else "numba",
         isa=None if settings.isa == "auto" else settings.isa,
+        kv_dtype=settings.kv_dtype,
         threads=settings.threads or len(find_topology().places),  # as --threads says, whatever a profile finds best
     )

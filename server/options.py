@@ -38,7 +38,7 @@ UNITS = {
 }
 SETTLED = (  # by a plan; `planned.py` takes them from there
     "device", "dtype", "expert_format", "expert_precision", "experts", "isa", "threads", "max_model_len", "kv_memory",
-    "kv_ram", "page_size", "max_batch_tokens", "max_running",
+    "kv_ram", "kv_dtype", "page_size", "max_batch_tokens", "max_running",
 )  # fmt: skip
 MAY_BE_NONE = ("port", "kv_ram")  # 0 means something
 SWITCH = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hybrid.config import ModelConfig
+from hybrid.widths import kv_bytes_per_token
 from offload.config import ExpertFormat
 from placement.document import DocumentError
 from placement.hardware import Hardware, fingerprint
@@ -116,11 +117,12 @@ def with_plan(settings: ServerSettings, plan: Plan, model: ModelConfig) -> Serve
     """The settings with what the plan settles; `plan` has passed `load_plan`."""
     chosen = plan.settings
     native = chosen.expert_format == model.expert_format
-    page_bytes = chosen.page_size * model.kv_bytes_per_token(ITEM_BYTES[chosen.weights])
+    page_bytes = chosen.page_size * kv_bytes_per_token(model, ITEM_BYTES[chosen.weights], chosen.kv_dtype)
     return replace(
         settings,
         device=chosen.device,
-        dtype="float32" if chosen.weights == "float32" else "bfloat16",
+        dtype=chosen.weights,
+        kv_dtype=chosen.kv_dtype,
         expert_format="native" if native else QUANTISED[chosen.expert_format],
         expert_precision=chosen.expert_precision,
         experts=chosen.experts,

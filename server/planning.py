@@ -41,7 +41,10 @@ from server.scheduler import SchedulerConfig
 
 CONFIGURATION, FAILURE = 78, 1
 CONCURRENCY: dict[GoalKind, int] = {"latency": 1, "throughput": 16, "swarm": 100}
-SETTLED = {"context": None, "concurrency": None, "dtype": None, "expert_format": "native", "servable": False}
+SETTLED = {
+    "context": None, "concurrency": None, "dtype": None, "kv_dtype": "model", "expert_format": "native",
+    "servable": False,
+}  # fmt: skip
 USERS_COME = 60.0  # seconds after a swarm's start
 CONTEXT = 8192  # tokens of a request, where nobody says and the model allows it
 
@@ -139,7 +142,7 @@ def _make_plan(given: argparse.Namespace, environ: Environ, model: ModelConfig) 
         given.context or min(CONTEXT, model.max_position_embeddings),
         given.concurrency or agents or CONCURRENCY[kind],
     )
-    wishes = Wishes(dtype=given.dtype, expert_target=given.expert_format)
+    wishes = Wishes(dtype=given.dtype, expert_target=given.expert_format, kv_dtype=given.kv_dtype)
     name = (given.model if given.model.is_dir() else given.model.parent).resolve().name
     return planner.make_plan(
         model,

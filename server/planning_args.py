@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import get_args
 
+from hybrid.config import KvDtype
 from offload.config import Isa
 
 GOALS = "latency, throughput or swarm:N"
@@ -90,6 +91,7 @@ def _add_planning(parser: argparse.ArgumentParser) -> None:
         "--concurrency", type=positive, metavar="N", help="requests at once (default: 1, 16 or the swarm's N, by goal)"
     )
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "fp8", "int8"), help="of the device weights")
+    parser.add_argument("--kv-dtype", choices=get_args(KvDtype), default="model", help="of KV pages, default: model")
     parser.add_argument("--expert-format", choices=("native", "int8", "int4"), default="native", help="default: native")
     parser.add_argument(
         "--routing",

@@ -8,10 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from hybrid.config import KvDtype
 from offload.config import Isa, Precision
+from placement.plan import WeightDtype
 
 Device = Literal["auto", "cpu", "cuda"]
-Dtype = Literal["auto", "bfloat16", "float32"]
+Dtype = Literal["auto", WeightDtype]
 ExpertTarget = Literal["native", "int8", "int4"]
 ExpertBackend = Literal["numba", "kt", "auto"]
 ExpertIsa = Literal["auto", Isa]
@@ -58,7 +60,11 @@ class ServerSettings:
 
     device: Device = field(default="auto", metadata={"help": "where everything but the routed experts runs"})
     dtype: Dtype = field(
-        default="auto", metadata={"help": "type of the device weights; auto is bfloat16 on cuda and float32 on cpu"}
+        default="auto",
+        metadata={
+            "help": "type of the device weights; auto is float32 on cpu and bfloat16 on cuda, or fp8 or int8 where "
+            "that does not fit"
+        },
     )
     expert_format: ExpertTarget = field(
         default="native", metadata={"help": "keep the routed experts as published, or quantise them at load"}
@@ -93,6 +99,9 @@ class ServerSettings:
             "help": "bytes of RAM for key-value pages of requests that wait, 0 for none (default: half of what is left "
             "beside a GPU, at most 64 GiB; none on the CPU, where it is the same memory)"
         },
+    )
+    kv_dtype: KvDtype = field(
+        default="model", metadata={"help": "type of the key-value pages: as the model computes, or half the bytes"}
     )
     page_size: int = field(default=16, metadata={"help": "tokens in one key-value page"})
     max_batch_tokens: int = field(default=512, metadata={"help": "most new tokens computed in one step"})

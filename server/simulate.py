@@ -131,7 +131,7 @@ def clock(rates: Rates, page_size: int = 16) -> Callable[[Batch], StepCost]:
         n_out, n_in = len(batch.moves.demoted), len(batch.moves.promoted)
         if not n_out + n_in:
             return found
-        page, (out, back) = page_size * rates.model.kv_bytes_per_token(rates.kv_item), rates.hand_over
+        page, (out, back) = page_size * rates.kv_token, rates.hand_over
         seconds = page * (n_out * out + n_in * back)
         parts = {**found.parts, "link": found.parts["link"] + seconds}
         moved = {**found.moved, "link": found.moved["link"] + page * (n_out + n_in)}

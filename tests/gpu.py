@@ -1,8 +1,9 @@
 """Checks and times the engine on a CUDA device: `python -m tests.gpu`. Says so and exits 0 where there is none.
 
 Parity: on tiny random checkpoints of two families in float32 the prompt's logprobs on cuda must be those of the cpu,
-and the greedy tokens equal. Then prefill and decode on a mid-size checkpoint. Needs torch, numba, numpy and psutil,
-nothing of the server and no pytest. The last line of stdout is one JSON document.
+and the greedy tokens equal; products of narrow weights and narrow cache entries likewise. Then prefill and decode on a
+mid-size checkpoint. Needs torch, numba, numpy and psutil, nothing of the server and no pytest. The last line of stdout
+is one JSON document.
 """
 
 import argparse
@@ -25,6 +26,7 @@ from tests import families
 from tests.bench import machine
 from tests.bench.step import table
 from tests.bench.stepping import PAGE_SIZE, Stepper, checkpoint, mid_size_config, pages_for
+from tests.gpu_narrow import narrow_checks
 
 Device = Literal["cpu", "cuda"]
 Dtype = Literal["float32", "bfloat16"]
@@ -50,9 +52,11 @@ def main() -> int:
     print(f"{name}, torch {torch.__version__}")
     with tempfile.TemporaryDirectory() as scratch:
         parity = [_parity(Path(scratch), family, given.against) for family in FAMILIES]
+        narrow = narrow_checks(torch.device(given.against))
         steps = _timings(Path(scratch), given)
-    print(json.dumps({"bench": "gpu", "device": name, **machine.describe(), "parity": parity, "steps": steps}))
-    return 0 if all(result["passed"] for result in parity) else 1
+    checked = {"parity": parity, "narrow": narrow, "steps": steps}
+    print(json.dumps({"bench": "gpu", "device": name, **machine.describe(), **checked}))
+    return 0 if all(result["passed"] for result in [*parity, *narrow]) else 1
 
 
 def _parity(scratch: Path, family: str, device: Device) -> dict[str, Any]:

@@ -19,7 +19,7 @@ TORCH_FREE = {
     *(path for path in SOURCES if path.parts[-2] == "server"),
     *(
         REPO / "hybrid" / f"{name}.py"
-        for name in ("batch", "pages", "config", "config_json", "random_checkpoint", "routes")
+        for name in ("batch", "pages", "config", "config_json", "random_checkpoint", "routes", "widths")
     ),
     REPO / "hybrid" / "nano" / "load.py",
     *(

@@ -163,13 +163,21 @@ def test_bytes_of_one_token() -> None:
     assert moved["VRAM"] == wide + 8192 * 70_272
 
 
-def test_fp8_leaves_head_and_router_wide() -> None:
-    head, router = 163_840 * 7168, 60 * 384 * 7168
+def test_narrow_weights_leave_the_router_wide() -> None:
+    router = 60 * 384 * 7168
     narrow = step_cost(rates("a"), Load.decode(1, 1)).moved["VRAM"]
     profile, _ = BOXES["a"]
     wide = step_cost(resolve(K25, profile, Setup("bfloat16", KERNEL), uniform(K25)), Load.decode(1, 1)).moved["VRAM"]
     kv = 70_272
-    assert wide - narrow == pytest.approx((wide - kv - 2 * head - 4 * router) / 2)
+    assert wide - narrow == pytest.approx((wide - kv - 4 * router) / 2)
+    assert step_cost(rates("a", kv="int8"), Load.decode(1, 1)).moved["VRAM"] == narrow - kv + 61 * 584
+
+
+def test_one_narrow_format_stands_in_for_the_other() -> None:
+    load = Load.decode(4, 4096)
+    profile, _ = BOXES["a"]
+    fp8, int8 = (step_cost(resolve(K25, profile, Setup(w, KERNEL), uniform(K25)), load) for w in ("fp8", "int8"))
+    assert fp8 == int8
 
 
 def test_slots_take_experts_off_the_cpu() -> None:
@@ -407,8 +415,8 @@ def test_one_row_of_a_table_and_many() -> None:
 
 def test_missing_figures_are_named() -> None:
     profile, _ = BOXES["a"]
-    with pytest.raises(CostError, match="no products in int8; run `hybrid measure`"):
-        resolve(K25, profile, Setup("int8", KERNEL), uniform(K25))
+    with pytest.raises(CostError, match="no products in float32; run `hybrid measure`"):
+        resolve(K25, profile, Setup("float32", KERNEL), uniform(K25))
     with pytest.raises(CostError, match="no figures of numba/avx2/int4/a8"):
         resolve(K25, profile, Setup("fp8", "numba/avx2/int4/a8"), uniform(K25))
     with pytest.raises(CostError, match="no device rates"):

@@ -29,6 +29,7 @@ from placement.ledger import (
     place,
     room,
     weight_bytes,
+    weight_choices,
     workspace_bytes,
 )
 from placement.plan import WeightDtype
@@ -124,7 +125,20 @@ def test_bfloat16_is_the_remedy_for_float32_weights() -> None:
 
 def test_a_card_too_small_for_any_setting() -> None:
     with pytest.raises(PlacementError, match="no single setting helps"):
-        place(K25, replace(WORKSTATION, device_total=16 * GIB, device_free=15 * GIB), WISHES)
+        place(K25, replace(WORKSTATION, device_total=12 * GIB, device_free=11 * GIB), WISHES)
+
+
+def test_a_card_too_small_for_bf16() -> None:
+    """24 GB: narrow weights are named where bf16 was asked for, and taken where nothing was."""
+    card = replace(WORKSTATION, device_total=24 * GIB, device_free=23 * GIB)
+    with pytest.raises(PlacementError, match=r"24\.70 GB free and 2.\.\d+ GB are needed; this fits: --dtype int8$"):
+        place(K25, card, WISHES)
+    placement = place(K25, card, replace(WISHES, dtype=None))
+    assert placement.entries == place(K25, card, replace(WISHES, dtype="int8")).entries
+    assert placement.n_pages * 16 > 100_000
+    published = replace(K25, expert_format="fp8")  # as Kimi-K2: its codes are kept
+    assert weight_choices(published, card, replace(WISHES, dtype=None)) == ("bfloat16", "fp8")
+    assert weight_choices(K25, cpu(100), replace(WISHES, dtype=None)) == ("float32",)
 
 
 def test_the_experts_must_fit_in_ram() -> None:
@@ -236,15 +250,18 @@ def bytes_of(layout: Layout, facts: Facts) -> dict[tuple[str, str], int]:
     return found
 
 
-def test_narrow_weights_leave_norms_router_embedding_and_head_as_they_are() -> None:
-    wide, narrow = weight_bytes(K25, 2), weight_bytes(K25, 2, 1)
-    for group in ("attention", "shared experts", "dense MLP"):
-        assert narrow[group] * 2 == wide[group]
-    for group in ("embedding", "norms", "router (float32)", "output head"):
+def test_narrow_weights_leave_norms_router_and_embedding_as_they_are() -> None:
+    wide, narrow = weight_bytes(K25, 2), weight_bytes(K25, 2, "int8")
+    rows = {"shared experts": 60 * (2 * 2048 + 7168), "dense MLP": 2 * 18432 + 7168, "output head": 163840}
+    rows["attention"] = 61 * (1536 + 64 * 192 + 576 + 64 * 256 + 7168)
+    for group, n_rows in rows.items():
+        assert narrow[group] == wide[group] // 2 + 4 * n_rows
+    for group in ("embedding", "norms", "router (float32)"):
         assert narrow[group] == wide[group]
-    # 11.9 GB as offloading papers count: no embedding, and the router in bf16 instead of float32.
-    router = wide["router (float32)"]
-    assert sum(narrow.values()) - narrow["embedding"] - router / 2 == pytest.approx(11.9e9, rel=0.01)
+    assert weight_bytes(K25, 2, "fp8") == narrow
+    blocks = weight_bytes(replace(K25, expert_format="fp8"), 2, "fp8")  # kept as published, but for the head
+    assert blocks["output head"] == narrow["output head"]
+    assert blocks["shared experts"] == wide["shared experts"] // 2 + 60 * 4 * 3 * 16 * 56
 
 
 def test_a_layout_that_uses_every_place() -> None:

@@ -14,6 +14,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from hybrid.kv import allocate
+from hybrid.narrow import Matrix, Narrow
 from offload import bandwidth
 from offload.config import PROJECTIONS, ExpertFormat, ExpertGeometry, PoolConfig
 from offload.disk import DiskReader, Read
@@ -27,6 +28,7 @@ from placement.document import Measured
 from placement.hardware import Cache, Gpu, Hardware, Node
 from placement.measure import Item, items_of, measure, run_items, show_profile
 from placement.measure_timing import CannotMeasureError, Effort, Sizes, take_turns
+from placement.plan import WeightDtype
 from placement.profile import Device, Gemm, Kernel, Link, Memory, Profile, read_profile, write_profile
 from tests.reference import experts as reference
 from tests.reference.expert_memory import unpinned
@@ -211,9 +213,18 @@ def test_overheads_are_told_apart(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     assert all(engine.closed for engine in made.values())
 
 
-def test_a_product_that_torch_does_not_have_is_refused() -> None:
-    with pytest.raises(CannotMeasureError, match="int8"):
-        measure_device.measure_gemm(HARDWARE, CPU, "int8", TINY)
+@pytest.mark.parametrize("dtype", ["fp8", "int8"])
+def test_narrow_products_are_the_engines(dtype: WeightDtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: set[tuple[type, torch.dtype]] = set()
+
+    def product(x: torch.Tensor, weight: Matrix) -> None:
+        assert isinstance(weight, Narrow)
+        seen.add((weight.codes.dtype, x.dtype))
+
+    monkeypatch.setattr(measure_device, "linear", product)
+    found = measure_device.measure_gemm(HARDWARE, CPU, dtype, TINY)
+    assert found.dtype == dtype and set(found.seconds) == set(TINY.gemm_rows)
+    assert seen == {(torch.int8 if dtype == "int8" else torch.float8_e4m3fn, torch.float32)}
 
 
 def test_products_come_from_more_weights_than_the_caches_hold(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,7 +233,7 @@ def test_products_come_from_more_weights_than_the_caches_hold(monkeypatch: pytes
     def product(x: torch.Tensor, weight: torch.Tensor) -> None:
         seen.append((len(x), weight.data_ptr()))
 
-    monkeypatch.setattr(measure_device, "_product", lambda dtype, device: (product, 1))
+    monkeypatch.setattr(measure_device, "linear", product)
     hardware = dataclasses.replace(HARDWARE, caches=(Cache(3, 5 * 4 * 64 * 64, 1),))
     gemm = measure_device.measure_gemm(hardware, CPU, "float32", dataclasses.replace(TINY, gemm_rows=(1, 4, 9)))
     assert set(gemm.seconds) == {1, 4, 9} == {rows for rows, _ in seen}

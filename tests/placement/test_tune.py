@@ -276,8 +276,8 @@ def test_no_time_changes_nothing(directory: Path, plan: Plan) -> None:
 
 
 def test_a_plan_beyond_this_engine_is_refused(directory: Path, plan: Plan) -> None:
-    with pytest.raises(TuneError, match="fp8 weights, which this engine does not do; plan with --servable"):
-        Log().tune(directory, replace(plan, settings=replace(plan.settings, weights="fp8")), 1.0)
+    with pytest.raises(TuneError, match="KV in RAM, which this engine does not do; plan with --servable"):
+        Log().tune(directory, replace(plan, settings=replace(plan.settings, pages_in_ram=1)), 1.0)
 
 
 def test_predicted_beside_measured(plan: Plan) -> None:

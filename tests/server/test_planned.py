@@ -77,14 +77,11 @@ def test_a_stale_plan(tmp_path: Path, model: ModelConfig, hardware: Hardware) ->
 @pytest.mark.parametrize(
     ("settings", "ability"),
     [
-        ({"weights": "fp8"}, "fp8 weights"),
-        ({"weights": "int8"}, "int8 weights"),
         ({"slots": (0, 4)}, "experts in VRAM"),
         ({"experts_leave_ram": True}, "experts leaving RAM"),
         ({"ring": 1000}, "streaming prefill"),
         ({"stream_from_rows": 6.0}, "streaming prefill"),
         ({"pages_in_ram": 5}, "KV streamed from RAM"),
-        ({"embedding_in_ram": True}, "embedding in RAM"),
     ],
 )
 def test_what_the_engine_does_not_do_is_refused(

@@ -85,6 +85,7 @@ def test_a_plan_is_compared_with_what_was_there_before(
         (["--context", "4096"], ("goal", "context"), 4096),
         (["--goal", "throughput", "--concurrency", "3"], ("goal", "concurrency"), 3),
         (["--dtype", "fp8"], ("settings", "weights"), "fp8"),
+        (["--kv-dtype", "int8"], ("settings", "kv_dtype"), "int8"),
         (["--expert-format", "int8"], ("settings", "expert_format"), "int8"),
         (["--servable"], ("settings", "ring"), "0 B"),
     ],
