@@ -242,6 +242,8 @@ class EngineConfig:
     `experts` is who runs the routed experts: our kernels, kt-kernel, or the faster of the two after a trial.
     `expert_ram` bytes are for experts that a packed file holds; None takes what is free when they are opened, less the
     cache and HOST_RESERVE.
+    `ping_pong` runs steps as two halves that take turns at the device and the experts: "auto" where trying shows that
+    it pays, "on" wherever there are two rows.
     """
 
     model: Path
@@ -254,6 +256,7 @@ class EngineConfig:
     mla: Literal["auto", "naive", "absorbed"] = "auto"
     experts: Literal["numba", "kt", "auto"] = "numba"
     expert_ram: int | None = None
+    ping_pong: Literal["off", "auto", "on"] = "off"
 
 
 def is_router(name: str) -> bool:

@@ -18,12 +18,13 @@ from hybrid.inputs import check_rows, row_starts, upload
 from hybrid.kv import allocate
 from hybrid.model import build_model
 from hybrid.moe import Watch
+from hybrid.ping_pong import Mode, PingPong
 from hybrid.sampler import sample_rows, score
 from hybrid.weights import load_weights
 from offload.backends import Backend, BackendError, choose
 from offload.checkpoint import Checkpoint
 from offload.config import PoolConfig, Progress
-from offload.experts import Choices, Experts
+from offload.experts import Choices, Experts, ExpertStats
 from offload.isa import choose as choose_isa
 from offload.kt import INSTALL, KtExperts, Published
 from offload.pool import PoolError
@@ -78,6 +79,7 @@ class Engine:
         self._experts = self._open_experts(backend, topology, progress, notice)
         self._transformer = build_model(self.model, self._tensors, self._experts, config.mla, watch)
         self._cache = allocate(self.model, config.n_pages, config.page_size, dtype, self._device)
+        self._ping_pong = PingPong(config.ping_pong)
 
     def step(self, batch: Batch) -> StepOutput:
         """Compute the new ids of every row, fill their cache pages, and answer each row in the batch's order."""
@@ -85,13 +87,16 @@ class Engine:
         check_rows(batch.rows, self._config.n_pages, self._config.page_size, self.model.vocab_size)
         before = self._experts.stats()
         with torch.inference_mode():
-            inputs = upload(batch, self._config.page_size, self._device)
+            parts = self._ping_pong.parts(batch)
+            inputs = [upload(part, self._config.page_size, self._device) for part in parts]
             hidden = self._transformer.hidden(inputs, self._cache)  # (T, D)
             rows = self._answer(batch.rows, hidden)
         after = self._experts.stats()
+        seconds = time.perf_counter() - began
+        self._ping_pong.took(batch, len(parts), seconds)
         return StepOutput(
             rows=rows,
-            seconds=time.perf_counter() - began,
+            seconds=seconds,
             expert_bytes=after.bytes_read - before.bytes_read,
             distinct_experts=after.distinct_experts - before.distinct_experts,
         )
@@ -105,6 +110,10 @@ class Engine:
         """How many tokens chose each routed expert since the start."""
         return self._experts.choices()
 
+    def expert_stats(self) -> ExpertStats:
+        """What the routed experts did since the start."""
+        return self._experts.stats()
+
     def use_pool(self, pool: PoolConfig) -> None:
         """Run the loaded experts with other threads, instructions or precision from now on. Nothing is read again.
 
@@ -116,6 +125,16 @@ class Engine:
         self._experts = self._experts.with_pool(pool, find_topology(pool.threads))
         self._transformer = build_model(self.model, self._tensors, self._experts, self._config.mla, self._watch)
         self._config = replace(self._config, pool=pool)
+
+    def use_ping_pong(self, mode: Mode) -> None:
+        """Split steps from now on never, always, or where it pays."""
+        self._ping_pong = PingPong(mode)
+        self._config = replace(self._config, ping_pong=mode)
+
+    @property
+    def halved(self) -> dict[int, bool]:
+        """Batch sizes whose steps were tried whole and in halves, and whether they run in halves now."""
+        return self._ping_pong.choices
 
     def close(self) -> None:
         """Stop the expert workers and let go of their memory."""

@@ -4,7 +4,7 @@ Reads like the paper: `x += attention(norm x); x += mlp(norm x)`. Knows no reque
 Called by `hybrid.engine`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,22 +13,13 @@ from torch.nn.functional import embedding, linear
 from hybrid.config import ModelConfig
 from hybrid.inputs import StepInputs
 from hybrid.kv import LatentCache
+from hybrid.lanes import Block, Lane, run
 from hybrid.layers import Mlp, rms_norm
 from hybrid.mla import Attention, MlaPath
 from hybrid.moe import Moe, RoutedExperts, Router, Watch
 from hybrid.rope import Rope, build_rope
 
 Tensors = Mapping[str, torch.Tensor]
-
-
-@dataclass(frozen=True, slots=True)
-class Block:
-    """One layer, with a norm before each of its two halves."""
-
-    attention_norm: torch.Tensor  # (D,)
-    attention: Attention
-    mlp_norm: torch.Tensor  # (D,)
-    mlp: Mlp | Moe
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,14 +33,14 @@ class Transformer:
     norm: torch.Tensor  # (D,)
     head: torch.Tensor  # (vocabulary, D)
 
-    def hidden(self, inputs: StepInputs, cache: LatentCache) -> torch.Tensor:
-        """The residual stream after the last block, (T, D); the new ids' latents are in the cache afterwards."""
-        table = self.rope.table(inputs.positions)  # 2 x (T, R/2)
-        x = embedding(inputs.ids, self.embed)  # (T, D)
-        for block in self.blocks:
-            x = x + block.attention(rms_norm(x, block.attention_norm, self.eps), inputs, cache, self.rope, table)
-            x = x + block.mlp(rms_norm(x, block.mlp_norm, self.eps))
-        return x
+    def hidden(self, parts: Sequence[StepInputs], cache: LatentCache) -> torch.Tensor:
+        """The residual stream after the last block, (T, D); the new ids' latents are in the cache afterwards.
+
+        Two parts of a step take turns at the device and the routed experts (`hybrid.lanes`).
+        """
+        lanes = [Lane(embedding(part.ids, self.embed), part, cache, self.rope, self.eps) for part in parts]
+        run(self.blocks, lanes)
+        return lanes[0].x if len(lanes) == 1 else torch.cat([lane.x for lane in lanes])
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """(N, D) to (N, vocabulary) float32."""

@@ -38,6 +38,7 @@ class ExpertStats:
     distinct_experts: int = 0  # summed over the layers run
     bytes_read: int = 0  # of those experts
     seconds: float = 0.0  # from submit until wait has the result
+    waited: float = 0.0  # of these, in wait: the caller had nothing else to do
 
 
 class Choices(NamedTuple):
@@ -322,6 +323,7 @@ class Experts:
     def _finish(self, pending: Pending, started: float) -> None:
         if self._pending is not pending:
             raise RuntimeError("this layer was waited for already")
+        waits = time.perf_counter()
         alive, self._late = self._late, None
         try:
             if self._lost:
@@ -343,7 +345,9 @@ class Experts:
             if self._pager is not None and not self._pool.broken and not self._pool.busy:
                 self._pager.finish()
         self._pending = None
-        self._stats.seconds += time.perf_counter() - started
+        now = time.perf_counter()
+        self._stats.seconds += now - started
+        self._stats.waited += now - waits
 
     def _run_parts(self, alive: object) -> None:
         """The job, some experts after others as they come from the disk: added up in the same order as at once."""
