@@ -24,6 +24,7 @@ MODEL_TYPES: tuple[ModelType, ...] = ("kimi_k25", "kimi_k2", "deepseek_v3", "dee
 # What exists at once in a step. The engine computes in these sizes and the ledger of bytes counts with them.
 KEY_BLOCK = 2048  # keys expanded: 134 MB of float32 keys and values at 64 heads of 128 + 128
 QUERY_BLOCK = 128  # queries scored: 67 MB of float32 scores at 64 heads
+PIECE_TOKENS = 2048  # new ids in a layer, but for its routed experts: 226 MB of bf16 in a dense MLP of 3 x 18,432
 LOGIT_ROWS = 256  # positions with logits: 168 MB of float32 at 163,840 words
 
 KIMI_STOP_NAMES = ("[EOS]", "<|im_end|>")

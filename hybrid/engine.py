@@ -14,7 +14,7 @@ import torch
 
 from hybrid.batch import Batch, Row, RowOutput, StepOutput, TokenLogprob
 from hybrid.config import LOGIT_ROWS, ConfigError, EngineConfig, ModelConfig
-from hybrid.inputs import check_rows, row_starts, upload
+from hybrid.inputs import check_rows, in_pieces, row_starts, upload
 from hybrid.kv import allocate
 from hybrid.model import build_model
 from hybrid.moe import Watch
@@ -88,7 +88,7 @@ class Engine:
         before = self._experts.stats()
         with torch.inference_mode():
             parts = self._ping_pong.parts(batch)
-            inputs = [upload(part, self._config.page_size, self._device) for part in parts]
+            inputs = [[upload(p, self._config.page_size, self._device) for p in in_pieces(part)] for part in parts]
             hidden = self._transformer.hidden(inputs, self._cache)  # (T, D)
             rows = self._answer(batch.rows, hidden)
         after = self._experts.stats()

@@ -36,10 +36,16 @@ class Block:
 class Lane:
     """One half's tokens on their way, or all of them."""
 
-    def __init__(self, x: torch.Tensor, inputs: StepInputs, cache: LatentCache, rope: Rope, eps: float) -> None:
-        self.x = x  # (T, D), the residual stream
-        self._inputs, self._cache, self._rope, self._eps = inputs, cache, rope, eps
-        self._table = rope.table(inputs.positions)  # 2 x (T, R/2)
+    def __init__(
+        self, x: torch.Tensor, pieces: Sequence[StepInputs], cache: LatentCache, rope: Rope, eps: float
+    ) -> None:
+        """`pieces` are the lane's tokens in order, those of `x` (T, D): a layer takes a piece at a time, so that no
+        more than one has its queries or a dense MLP's inner values in memory. The routed experts take all at once."""
+        self.x = x  # the residual stream, changed in place
+        self._cache, self._rope, self._eps = cache, rope, eps
+        parts = torch.split(x, [len(piece.ids) for piece in pieces])
+        tables = [rope.table(piece.positions) for piece in pieces]  # 2 x (T, R/2) each
+        self._pieces = tuple(zip(parts, pieces, tables, strict=True))
         self._routed: Routed | None = None
         self._running: Running | None = None
         self._update: torch.Tensor | None = None  # collected, not yet added
@@ -47,13 +53,17 @@ class Lane:
     def attend(self, block: Block) -> None:
         """What the block has on the device before its routed experts."""
         self.settle()
-        normed = rms_norm(self.x, block.attention_norm, self._eps)
-        self.x = self.x + block.attention(normed, self._inputs, self._cache, self._rope, self._table)
-        normed = rms_norm(self.x, block.mlp_norm, self._eps)
+        inner = []
+        for part, piece, table in self._pieces:  # a piece's queries see the keys of those before it
+            normed = rms_norm(part, block.attention_norm, self._eps)
+            part += block.attention(normed, piece, self._cache, self._rope, table)
+            normed = rms_norm(part, block.mlp_norm, self._eps)
+            if isinstance(block.mlp, Moe):
+                inner.append(normed)
+            else:
+                part += block.mlp(normed)
         if isinstance(block.mlp, Moe):
-            self._routed = block.mlp.route(normed)
-        else:
-            self.x = self.x + block.mlp(normed)
+            self._routed = block.mlp.route(inner[0] if len(inner) == 1 else torch.cat(inner))
 
     def hand_over(self) -> None:
         """Start the routed experts, if the block has any, and the shared expert beside them."""
@@ -69,7 +79,8 @@ class Lane:
         """Add what the last block's experts said."""
         self.collect()
         if self._update is not None:
-            self.x, self._update = self.x + self._update, None
+            self.x += self._update
+            self._update = None
 
 
 def run(blocks: Sequence[Block], lanes: Sequence[Lane]) -> None:

@@ -33,12 +33,15 @@ class Transformer:
     norm: torch.Tensor  # (D,)
     head: torch.Tensor  # (vocabulary, D)
 
-    def hidden(self, parts: Sequence[StepInputs], cache: LatentCache) -> torch.Tensor:
+    def hidden(self, parts: Sequence[Sequence[StepInputs]], cache: LatentCache) -> torch.Tensor:
         """The residual stream after the last block, (T, D); the new ids' latents are in the cache afterwards.
 
-        Two parts of a step take turns at the device and the routed experts (`hybrid.lanes`).
+        Two parts of a step take turns at the device and the routed experts (`hybrid.lanes`). Each comes in pieces.
         """
-        lanes = [Lane(embedding(part.ids, self.embed), part, cache, self.rope, self.eps) for part in parts]
+        lanes = [
+            Lane(embedding(torch.cat([piece.ids for piece in pieces]), self.embed), pieces, cache, self.rope, self.eps)
+            for pieces in parts
+        ]
         run(self.blocks, lanes)
         return lanes[0].x if len(lanes) == 1 else torch.cat([lane.x for lane in lanes])
 

@@ -11,7 +11,7 @@ import torch
 from torch.nn.functional import linear
 
 from hybrid.config import ModelConfig
-from hybrid.layers import Mlp
+from hybrid.layers import Mlp, by_pieces
 
 
 class Pending(Protocol):
@@ -45,7 +45,7 @@ class Router:
 
     def __call__(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """ids (T, K) int64 and weights (T, K) float32 for x (T, D)."""
-        scores = self.scores(x)
+        scores = by_pieces(self.scores, x)
         ids = self.choice(scores).topk(self.config.num_experts_per_tok, -1, sorted=False).indices  # (T, K)
         weights = scores.gather(-1, ids)  # (T, K)
         if self.config.norm_topk_prob:
@@ -114,8 +114,10 @@ class Routed:
             moe.watch(moe, x, self.ids)
         if moe.following is not None and moe.experts.wants_hints:
             layer, router = moe.following
-            moe.experts.hint(layer, router.choice(router.scores(x)))  # this layer's input, the next layer's router
-        return Running(pending, moe.shared(x))
+            moe.experts.hint(
+                layer, router.choice(by_pieces(router.scores, x))
+            )  # this layer's input, the next layer's router
+        return Running(pending, by_pieces(moe.shared, x))
 
 
 @dataclass(frozen=True, slots=True)
