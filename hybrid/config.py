@@ -245,6 +245,7 @@ class EngineConfig:
     cache and HOST_RESERVE.
     `ping_pong` runs steps as two halves that take turns at the device and the experts: "auto" where trying shows that
     it pays, "on" wherever there are two rows.
+    `vram_slots` are experts of each MoE layer that lie on the device as well; () for none anywhere.
     """
 
     model: Path
@@ -258,6 +259,7 @@ class EngineConfig:
     experts: Literal["numba", "kt", "auto"] = "numba"
     expert_ram: int | None = None
     ping_pong: Literal["off", "auto", "on"] = "off"
+    vram_slots: tuple[int, ...] = ()
 
 
 def is_router(name: str) -> bool:

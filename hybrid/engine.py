@@ -6,8 +6,9 @@ with its own number of threads (`torch.set_num_threads` is the caller's to set);
 Called by the engine process, by benches and by tests.
 """
 
+import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -29,8 +30,10 @@ from offload.isa import choose as choose_isa
 from offload.kt import INSTALL, KtExperts, Published
 from offload.pool import PoolError
 from offload.ram import ram
+from offload.split import SplitExperts, with_vram
 from offload.store import open_store
 from offload.topology import Topology, find_topology
+from offload.vram import VramStats
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -86,7 +89,7 @@ class Engine:
         began = time.perf_counter()
         check_rows(batch.rows, self._config.n_pages, self._config.page_size, self.model.vocab_size)
         before = self._experts.stats()
-        with torch.inference_mode():
+        with self._experts_within(batch), torch.inference_mode():
             parts = self._ping_pong.parts(batch)
             inputs = [[upload(p, self._config.page_size, self._device) for p in in_pieces(part)] for part in parts]
             hidden = self._transformer.hidden(inputs, self._cache)  # (T, D)
@@ -105,6 +108,10 @@ class Engine:
     def config(self) -> EngineConfig:
         """As given, with the pool and the backend of the experts that are in use."""
         return self._config
+
+    def vram(self) -> VramStats | None:
+        """What the expert slots on the device did; None without any."""
+        return self._experts.vram() if isinstance(self._experts, SplitExperts) else None
 
     def choices(self) -> Choices:
         """How many tokens chose each routed expert since the start."""
@@ -141,6 +148,20 @@ class Engine:
         self._experts.close()
         self._checkpoint.close()
 
+    @contextlib.contextmanager
+    def _experts_within(self, batch: Batch) -> Iterator[None]:
+        """One step: which experts lie in VRAM is settled meanwhile. Prompts do not teach which ones should."""
+        if not isinstance(self._experts, SplitExperts):
+            yield
+            return
+        teaches = False
+        self._experts.begin()
+        try:
+            yield
+            teaches = all(len(row.ids) == 1 for row in batch.rows)
+        finally:
+            self._experts.end(teaches)
+
     def _published(self) -> Published:
         model = self.model
         return Published(
@@ -149,10 +170,12 @@ class Engine:
 
     def _open_experts(
         self, backend: Backend, topology: Topology, progress: Progress, notice: Notice
-    ) -> Experts | KtExperts:
-        """The routed experts, run by our kernels or by kt-kernel."""
+    ) -> Experts | SplitExperts | KtExperts:
+        """The routed experts, run by our kernels, and some by the device, or by kt-kernel."""
         config, model = self._config, self.model
         if backend == "kt":
+            if any(config.vram_slots):
+                raise ConfigError("vram_slots: kt-kernel runs all experts by itself; use --experts numba, or no slots")
             try:
                 return KtExperts(self._published(), topology, progress)
             except PoolError as error:
@@ -170,7 +193,10 @@ class Engine:
         for line in store.notices:
             notice(line)
         progress("compiling expert kernels, or loading them from the cache", 0, 0)
-        return Experts(store, config.pool, topology)
+        experts = Experts(store, config.pool, topology)
+        if not any(config.vram_slots):
+            return experts
+        return with_vram(experts, store, config.vram_slots, DTYPES[config.dtype], self._device, notice)
 
     def _expert_ram(self) -> int:
         """Bytes of RAM for the experts of a packed file."""

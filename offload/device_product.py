@@ -25,7 +25,7 @@ from offload.config import (
 )
 
 MEMBERS: dict[Matrix, int] = {"gate_up": 2, "down": 1}  # matrices that share a unit
-TOGETHER = 4  # experts that `add_few` decodes at a time: their weights lie decoded in memory, 88 MB each for K2.5
+WORKING_BYTES = 256 << 20  # that `add_few` decodes at a time: one expert of K2.5, 27 of V2-Lite
 
 
 class DeviceProduct:
@@ -36,6 +36,9 @@ class DeviceProduct:
         self._geometry, self._fmt, self._dtype, self._device = geometry, fmt, dtype, device
         self._sizes = {matrix: geometry.n_units(matrix) * geometry.unit_bytes(matrix, fmt) for matrix in MATRICES}
         self.n_bytes = geometry.expert_bytes(fmt)  # of one expert
+        # While gate and up are decoded each weight lies there as values, as halves and as the result.
+        self.working_bytes = 2 * geometry.inner * geometry.hidden * (3 + dtype.itemsize)
+        self._together = max(1, WORKING_BYTES // self.working_bytes)
 
     def add(
         self, out: torch.Tensor, x: torch.Tensor, rows: torch.Tensor, shares: torch.Tensor, data: torch.Tensor
@@ -57,9 +60,9 @@ class DeviceProduct:
         it overflows. Expert n lies in `memory` (slots, n_bytes) uint8 at `places` (N,) int64. What an expert costs
         then is reading its weights.
         """
-        for first in range(0, len(places), TOGETHER):
-            some = shares[first : first + TOGETHER, :, None]  # (N, T, 1)
-            data = memory[places[first : first + TOGETHER]]  # (N, n_bytes)
+        for first in range(0, len(places), self._together):
+            some = shares[first : first + self._together, :, None]  # (N, T, 1)
+            data = memory[places[first : first + self._together]]  # (N, n_bytes)
             y = self._product(x.expand(len(some), *x.shape), data)  # (N, T, D)
             for weighted in (y.float() * some).masked_fill_(some == 0, 0):  # one after another, ascending
                 out += weighted
