@@ -73,6 +73,11 @@ class Streaming:
         """False for steps so small that streaming is not worth a thought: those that only decode."""
         return self._rates.may_pay(tokens)
 
+    @property
+    def under_way(self) -> bool:
+        """Whether the running layer has experts on the link that `finish` will run."""
+        return bool(self._order)
+
     def begin(self, index: int, rows: Integers, settled: Mask) -> Mask:
         """(E,) which experts of a layer (its place among them) will be streamed, of `rows` (E,) tokens each.
 
