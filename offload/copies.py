@@ -67,7 +67,7 @@ class CudaCopies:
 
     def memory(self, n: int, n_bytes: int) -> torch.Tensor:
         """(n, n_bytes) of the device."""
-        return torch.zeros((n, n_bytes), dtype=torch.uint8, device=self._device)
+        return torch.empty((n, n_bytes), dtype=torch.uint8, device=self._device)  # a fill might come after a copy
 
     def host_memory(self, n: int, n_bytes: int) -> torch.Tensor:
         """(n, n_bytes) pinned."""

@@ -27,6 +27,8 @@ from offload.pool import PoolError, WorkerPool
 from offload.store import ExpertStore
 from offload.topology import Topology
 
+PIECE_ROWS = 2048  # of a sum that come to the device at a time: 59 MB of float32 at 7168 hidden
+
 
 @dataclass(slots=True)
 class ExpertStats:
@@ -86,12 +88,14 @@ class Pending:
 
     def wait(self) -> torch.Tensor:
         """Block until the sum is there: (T, D), in x's dtype, on x's device. Raises PoolError when a worker failed."""
-        return self.total().to(self._like.dtype)
-
-    def total(self) -> torch.Tensor:
-        """The same in float32, as it was added up."""
         self._experts._finish(self, self._started)
-        return self._result.to(self._like.device, non_blocking=True)
+        return self._result.to(self._like.device, non_blocking=True).to(self._like.dtype)
+
+    def add_to(self, out: torch.Tensor) -> None:
+        """The same added to `out` (T, D) float32 on the device, some rows at a time."""
+        self._experts._finish(self, self._started)
+        for some, mine in zip(torch.split(out, PIECE_ROWS), torch.split(self._result, PIECE_ROWS), strict=True):
+            some += mine.to(out.device, non_blocking=True)
 
 
 class Experts:

@@ -9,7 +9,8 @@ Knows no models. Called by `hybrid.moe` and `hybrid.engine`.
 
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -58,19 +59,21 @@ class SplitPending:
         self._n_experts = n_experts  # that the CPU runs
         self._started = time.perf_counter()
         self.total: torch.Tensor | None = None  # float32 (T, D), the device's share
-        self.streamed: tuple[Integers, torch.Tensor] | None = None  # ids (T, K) and weights, where some are
+        self.later: Callable[[], torch.Tensor | None] | None = None  # the device's share, where the link has a part
         self.lap: Any = None  # of the device's work
 
     def wait(self) -> torch.Tensor:
         """Block until the CPU's sum is there: both together (T, D), in x's dtype, on x's device. Raises PoolError when
         a worker failed."""
-        if self.streamed is not None:
-            self.total = self._split._stream(self._like, *self.streamed, self.total)
-        total = self._host.total()
+        if self.later is not None:
+            self.total = self.later()
+        if self.total is None:
+            result = self._host.wait()
+        else:
+            self._host.add_to(self.total)
+            result = self.total.to(self._like.dtype)
         self._split._ran(self._n_experts, time.perf_counter() - self._started, self.lap)
-        if self.total is not None:
-            total += self.total
-        return total.to(self._like.dtype)
+        return result
 
 
 class SplitExperts:
@@ -129,12 +132,13 @@ class SplitExperts:
             tokens = tokens._replace(ids=torch.from_numpy(np.where(away, MASKED, chosen)))
             self._chosen[index] += np.bincount(chosen[away], minlength=n_experts)
         pending = SplitPending(self, self._host.start(layer, x, tokens), x, len(np.unique(chosen[~away])))
-        if streams:
-            pending.streamed = chosen, weights
-        if hits.any():
+        if streams:  # after the hint, which waits for the device
+            pending.later = partial(self._stream, x, weights, chosen, hits, rows)
+        elif hits.any():
             started = self._stopwatch.start()
             pending.total = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
-            self._add(pending.total, x, weights, chosen, hits, rows)
+            for _ in self._add(pending.total, x, weights, chosen, hits, rows):
+                pass
             pending.lap = self._stopwatch.stop(started)
         return pending
 
@@ -195,8 +199,9 @@ class SplitExperts:
         chosen: Integers,
         hits: Integers,
         rows: Integers,
-    ) -> None:
-        """out += what the experts in slots make of their tokens. `hits` (T, K): where these stand in `chosen`."""
+    ) -> Iterator[None]:
+        """out += what the experts in slots make of their tokens, with each step one of many tokens or all of few.
+        `hits` (T, K): where these stand in `chosen`."""
         at = np.flatnonzero(hits)
         at = at[np.argsort(chosen.ravel()[at], kind="stable")]  # by expert, ascending
         names, which = np.unique(chosen.ravel()[at], return_inverse=True)
@@ -209,21 +214,25 @@ class SplitExperts:
             each = torch.zeros((n, len(x)), device=x.device)
             each.index_put_((expert, tokens), shares, accumulate=True)
             self._product.add_few(out, x, each, self._vram.memory, slots)
+            yield
             return
         ends = np.cumsum(np.bincount(which, minlength=n)).tolist()
         for name, first, stop in zip(names.tolist(), [0, *ends], ends, strict=False):
             some = slice(first, stop)
             self._product.add(out, x, tokens[some], shares[some], self._vram.memory[int(rows[name])])
+            yield
 
     def _stream(
-        self, x: torch.Tensor, chosen: Integers, weights: torch.Tensor, out: torch.Tensor | None
+        self, x: torch.Tensor, weights: torch.Tensor, chosen: Integers, hits: Integers, rows: Integers
     ) -> torch.Tensor | None:
-        """`out` plus what the experts on the link make of their tokens; None for nothing at all."""
+        """What the experts in slots and those on the link make of their tokens; None for nothing at all."""
         assert self._streaming is not None, "a layer that streams"
-        if out is None and self._streaming.under_way:
-            out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
-        if out is not None:
-            self._streaming.finish(x, chosen, weights.float(), out)
+        n_hits = len(np.unique(chosen[hits]))
+        if not n_hits and not self._streaming.under_way:
+            return None
+        out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+        in_slots = self._add(out, x, weights, chosen, hits, rows) if n_hits else iter(())
+        self._streaming.finish(x, chosen, weights.float(), out, in_slots, n_hits)
         return out
 
     def _ran(self, n_experts: int, seconds: float, lap: Any) -> None:

@@ -10,8 +10,9 @@ that are `settled` elsewhere are not looked at. Called by `offload.split`.
 """
 
 import ctypes
+import itertools
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -106,14 +107,24 @@ class Streaming:
         self._next = deque((index, expert) for expert in likely[: self._ring.n_places])
         self._fill()
 
-    def finish(self, x: torch.Tensor, ids: Integers, weights: torch.Tensor, out: torch.Tensor) -> None:
+    def finish(
+        self,
+        x: torch.Tensor,
+        ids: Integers,
+        weights: torch.Tensor,
+        out: torch.Tensor,
+        beside: Iterator[None],
+        n_beside: int,
+    ) -> None:
         """out += the streamed experts' share. `x` (T, D), `weights` (T, K), `out` (T, D) float32 on the device, `ids`
-        (T, K) on the host."""
-        if not self._order:
-            return
-        tokens = _tokens_of(ids, self._order, x.device)
-        shares, k = weights.reshape(-1), ids.shape[1]
-        for expert, places in zip(self._order, tokens, strict=True):
+        (T, K) on the host. `beside` begins other work of the device, one of `n_beside` pieces with each step: between
+        the products, while uploads come."""
+        tokens = _tokens_of(ids, self._order, x.device) if self._order else []
+        shares, k, n = weights.reshape(-1), ids.shape[1], len(tokens)
+        for i, (expert, places) in enumerate(zip(self._order, tokens, strict=True)):
+            pieces = n_beside * (i + 1) // n - n_beside * i // n
+            for _ in itertools.islice(beside, pieces):
+                pass
             loan = self._loans.pop((self._layer, expert))
             data = self._ring.read(loan)
             for some in torch.split(places, PIECE_ROWS):
@@ -121,6 +132,8 @@ class Streaming:
             self._ring.done(loan)
             self._fill()
         self._order = []
+        for _ in beside:
+            pass
 
     def check(self) -> None:
         """Raises RingError where a place was used by two."""
@@ -214,4 +227,7 @@ def _tokens_of(ids: Integers, experts: list[int], device: torch.device) -> list[
     which = which[found]
     ordered = found[np.argsort(which, kind="stable")]
     counts = np.bincount(which, minlength=len(experts)).tolist()
-    return list(torch.split(torch.from_numpy(ordered).to(device), counts))
+    on_host = torch.from_numpy(ordered)
+    if device.type == "cuda":  # from other memory the copy would wait for the work that was begun before
+        on_host = on_host.pin_memory()
+    return list(torch.split(on_host.to(device, non_blocking=True), counts))

@@ -144,7 +144,7 @@ def _link(
 
     def ring() -> None:
         assert streaming.begin(0, rows, nobody).all(), "all experts go over the link"
-        streaming.finish(x, chosen, shares, out)
+        streaming.finish(x, chosen, shares, out, iter(()), 0)
         _settle(device)
 
     def plain() -> None:
@@ -192,7 +192,7 @@ def _prefill(
         left = torch.from_numpy(np.where(np.append(mask, False)[chosen], -1, chosen)).to(device)
         pending = experts.submit(LAYER, x, left, shares)
         out = torch.zeros((n_tokens, geometry.hidden), device=device)
-        streaming.finish(x, chosen, shares, out)
+        streaming.finish(x, chosen, shares, out, iter(()), 0)
         (pending.wait().float() + out).to(dtype)
         _settle(device)
 

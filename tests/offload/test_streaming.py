@@ -50,7 +50,7 @@ def together(
     left = torch.where(torch.from_numpy(np.append(streamed, False))[ids], -1, ids)
     pending = experts.submit(layer, x, left, weights)
     out = torch.zeros_like(x)
-    streaming.finish(x, ids.numpy(), weights, out)
+    streaming.finish(x, ids.numpy(), weights, out, iter(()), 0)
     streaming.check()
     return pending.wait() + out, streamed
 
@@ -92,7 +92,7 @@ def test_what_was_foreseen_is_not_uploaded_again() -> None:
     case = routing(rng, 50, 4)
     rows, nobody = rows_of(case[1]), np.zeros(GEOMETRY.n_experts, np.bool_)
     streaming.begin(0, rows, nobody)
-    streaming.finish(case[0], case[1].numpy(), case[2], torch.zeros_like(case[0]))
+    streaming.finish(case[0], case[1].numpy(), case[2], torch.zeros_like(case[0]), iter(()), 0)
     before = streaming.stats()
     streaming.expect(1, rows, nobody)
     streamed = int(streaming.begin(1, rows, nobody).sum())
@@ -145,7 +145,7 @@ def test_a_reader_that_gives_its_place_up_too_early_is_caught() -> None:
         n_bytes = GEOMETRY.expert_bytes("int4")
         streaming = streaming_of(store, 2, ring=Careless(PlainCopies(), 2, n_bytes, staged=False, checked=checked))
         assert streaming.begin(0, rows_of(ids), np.zeros(GEOMETRY.n_experts, np.bool_)).any()
-        streaming.finish(x, ids.numpy(), weights, torch.zeros_like(x))
+        streaming.finish(x, ids.numpy(), weights, torch.zeros_like(x), iter(()), 0)
         if checked:
             with pytest.raises(RingError, match="did not hold"):
                 streaming.check()
