@@ -8,6 +8,8 @@ and nothing here waits for the device. Knows no slots, no layers and no routing.
 Letters as in config.py, and T tokens, N experts, U units, B blocks of a tile, R output rows, I inputs with padding.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch.nn.functional import linear, silu
 
@@ -36,9 +38,7 @@ class DeviceProduct:
         self._geometry, self._fmt, self._dtype, self._device = geometry, fmt, dtype, device
         self._sizes = {matrix: geometry.n_units(matrix) * geometry.unit_bytes(matrix, fmt) for matrix in MATRICES}
         self.n_bytes = geometry.expert_bytes(fmt)  # of one expert
-        # While gate and up are decoded each weight lies there as values, as halves and as the result.
-        self.working_bytes = 2 * geometry.inner * geometry.hidden * (3 + dtype.itemsize)
-        self._together = max(1, WORKING_BYTES // self.working_bytes)
+        self._together = max(1, WORKING_BYTES // geometry.decoding_bytes(dtype.itemsize))
 
     def add(
         self, out: torch.Tensor, x: torch.Tensor, rows: torch.Tensor, shares: torch.Tensor, data: torch.Tensor
@@ -51,19 +51,17 @@ class DeviceProduct:
         y = self._product(x[rows][None], data[None])[0]  # (R, D)
         out.index_add_(0, rows, y.float() * shares[:, None])
 
-    def add_few(
-        self, out: torch.Tensor, x: torch.Tensor, shares: torch.Tensor, memory: torch.Tensor, places: torch.Tensor
-    ) -> None:
+    def add_few(self, out: torch.Tensor, x: torch.Tensor, shares: torch.Tensor, data: Sequence[torch.Tensor]) -> None:
         """out += sum_n shares[n] * expert_n(x) for several experts and few tokens: every expert takes every token.
 
         `shares` (N, T) float32, 0 where a token did not choose the expert: that token's product is left out, even if
-        it overflows. Expert n lies in `memory` (slots, n_bytes) uint8 at `places` (N,) int64. What an expert costs
-        then is reading its weights.
+        it overflows. `data` are N times (n_bytes,) uint8. What an expert costs then is reading its weights.
         """
-        for first in range(0, len(places), self._together):
+        for first in range(0, len(data), self._together):
             some = shares[first : first + self._together, :, None]  # (N, T, 1)
-            data = memory[places[first : first + self._together]]  # (N, n_bytes)
-            y = self._product(x.expand(len(some), *x.shape), data)  # (N, T, D)
+            alike = data[first : first + self._together]
+            lying = alike[0][None] if len(alike) == 1 else torch.stack(tuple(alike))  # (N, n_bytes)
+            y = self._product(x.expand(len(some), *x.shape), lying)  # (N, T, D)
             for weighted in (y.float() * some).masked_fill_(some == 0, 0):  # one after another, ascending
                 out += weighted
 
@@ -110,10 +108,11 @@ class DeviceProduct:
 
 def _nibbles(rows: torch.Tensor) -> torch.Tensor:
     """(..., 2 n) int8 values -8 to 7 of (..., n) bytes, the low half first."""
+    values = torch.empty((*rows.shape, 2), dtype=torch.int8, device=rows.device)
     flipped = rows ^ 0x88  # value + 8 becomes the value's own four bits, which shifts as signed bytes extend
-    high = flipped.view(torch.int8) >> 4
-    low = (flipped << 4).view(torch.int8) >> 4
-    return torch.stack((low, high), -1).flatten(-2)
+    torch.bitwise_right_shift((flipped << 4).view(torch.int8), 4, out=values[..., 0])
+    torch.bitwise_right_shift(flipped.view(torch.int8), 4, out=values[..., 1])
+    return values.flatten(-2)
 
 
 def _times(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

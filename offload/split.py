@@ -206,20 +206,19 @@ class SplitExperts:
         at = at[np.argsort(chosen.ravel()[at], kind="stable")]  # by expert, ascending
         names, which = np.unique(chosen.ravel()[at], return_inverse=True)
         n, k = len(names), chosen.shape[1]
-        sizes = [len(at), len(at), n]
-        on_device = torch.from_numpy(np.concatenate((at, which, rows[names]))).to(x.device, non_blocking=True)
-        places, expert, slots = torch.split(on_device, sizes)  # one transfer for all three
+        on_device = torch.from_numpy(np.stack((at, which))).to(x.device, non_blocking=True)
+        places, expert = on_device.unbind()  # one transfer for both
+        data = [self._vram.memory[row] for row in rows[names].tolist()]
         tokens, shares = places // k, weights.reshape(-1)[places].float()
         if len(x) <= FEW_TOKENS:
             each = torch.zeros((n, len(x)), device=x.device)
             each.index_put_((expert, tokens), shares, accumulate=True)
-            self._product.add_few(out, x, each, self._vram.memory, slots)
+            self._product.add_few(out, x, each, data)
             yield
             return
         ends = np.cumsum(np.bincount(which, minlength=n)).tolist()
-        for name, first, stop in zip(names.tolist(), [0, *ends], ends, strict=False):
-            some = slice(first, stop)
-            self._product.add(out, x, tokens[some], shares[some], self._vram.memory[int(rows[name])])
+        for lying, first, stop in zip(data, [0, *ends], ends, strict=False):
+            self._product.add(out, x, tokens[first:stop], shares[first:stop], lying)
             yield
 
     def _stream(

@@ -82,6 +82,12 @@ class Task:
         return self.facts.device == "cuda" and self.profile is not None and self.profile.link is not None
 
     @property
+    def may_have_slots(self) -> bool:
+        """Whether experts may lie in VRAM. A server without rates could not say that it pays."""
+        known = self.profile is not None or not self.servable
+        return self.facts.device == "cuda" and self.wishes.experts == "numba" and known
+
+    @property
     def kv_may_leave(self) -> bool:
         """Whether pages may lie in RAM. Two layers of them need buffers on the device."""
         return self.has_link and not self.servable and self.model.num_hidden_layers > 2
@@ -162,7 +168,7 @@ def _batches(task: Task, layout: Layout) -> list[int]:
 
 def _best(task: Task, layout: Layout, streams: bool, chunks: dict[int, float]) -> Arrangement:
     """The best arrangement of one layout. Raises PlacementError."""
-    if task.servable or task.facts.device == "cpu":
+    if not task.may_have_slots:
         found = [_priced(task, layout, streams, chunks)]
     else:
         market = _market(task, layout, streams)
@@ -249,13 +255,15 @@ def _splits(task: Task, layout: Layout, market: SlotMarket) -> Iterator[Layout]:
     least, want = (_pages(task, layout, n) * page for n in (1, min(task.goal.concurrency, layout.max_running)))
     longest = layout.max_model_len or task.model.max_position_embeddings
     useful = -(-longest // layout.page_size) * layout.max_running * page  # more pages could never be in use
-    for n in _slot_counts(task, layout, spare, ram_left, want):
+    decoding = workspace_bytes(task.model, replace(layout, slots=(1,))) - workspace_bytes(task.model, layout)
+    for n in _slot_counts(task, layout, spare - decoding, ram_left, want):
         slots = market.deal(n)
-        left = layout.kv_bytes if layout.kv_bytes is not None else spare - n * task.expert
+        taken = n * task.expert + (decoding if n else 0)
+        left = layout.kv_bytes if layout.kv_bytes is not None else spare - taken
         short = _beyond(task, layout, want - left)
-        leave = bool(slots) and not layout.mapped and ram_left < short
+        leave = bool(slots) and not layout.mapped and not task.servable and ram_left < short
         ram = ram_left + (sum(slots) * task.expert if leave else 0)
-        beside = spare - n * task.expert - (page if layout.kv_bytes is None else layout.kv_bytes)
+        beside = spare - taken - (page if layout.kv_bytes is None else layout.kv_bytes)
         in_ram = min(-(-short // page) * page, _most_in_ram(task, layout, beside, ram) // page * page)
         if layout.kv_bytes is None:
             left = min(left - kv_buffer_bytes(task.model, in_ram), useful)

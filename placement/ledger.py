@@ -224,7 +224,9 @@ def workspace_bytes(model: ModelConfig, layout: Layout) -> int:
     waiting = (layout.max_batch_tokens - at_once) * 6 * model.hidden_size * item
     keys = KEY_BLOCK * max(2 * heads * head, layout.max_running * model.latent_size) * item
     scores = 3 * 4 * max(QUERY_BLOCK, layout.max_running) * heads * KEY_BLOCK
-    return activations + waiting + keys + scores + 3 * 4 * LOGIT_ROWS * model.vocab_size
+    decodes = any(layout.slots) or layout.ring_experts > 0
+    decoding = model.expert_geometry.decoding_bytes(ITEM_BYTES[layout.weights]) if decodes else 0
+    return activations + waiting + keys + scores + 3 * 4 * LOGIT_ROWS * model.vocab_size + decoding
 
 
 def host_buffer_bytes(model: ModelConfig, layout: Layout) -> int:

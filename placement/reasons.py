@@ -139,7 +139,7 @@ def _experts(decision: Decision, settings: Settings) -> Choice:
 
 def _vram_experts(decision: Decision) -> Iterator[Choice]:
     task, found = decision.task, decision.found
-    if task.servable or task.facts.device == "cpu":
+    if not task.may_have_slots:
         return
     slots = found.layout.slots
     if not slots:

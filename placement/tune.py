@@ -372,7 +372,7 @@ def _engine_config(model_dir: Path, model: ModelConfig, settings: Settings, rate
     pool = PoolConfig(settings.threads, settings.expert_precision, settings.isa)
     return EngineConfig(
         model_dir, settings.device, settings.weights, _target(model, settings), pool,
-        settings.pages_on_device, settings.page_size, experts=settings.experts,
+        settings.pages_on_device, settings.page_size, experts=settings.experts, vram_slots=settings.slots,
         ring_bytes=settings.ring, stream_rates=rates,
     )  # fmt: skip
 

@@ -160,6 +160,7 @@ def _engine_config(settings: ServerSettings, plan: Plan, stream_rates: StreamRat
         expert_ram=_expert_ram(plan),
         ring_bytes=chosen.ring,
         stream_rates=stream_rates,
+        vram_slots=chosen.slots,
     )
 
 
@@ -175,7 +176,7 @@ def _still_fits(plan: Plan, model: ModelConfig, facts: Facts, wishes: Wishes, pa
         raise PlacementError(f"{path}: the plan maps the experts from a packed file: run `hybrid pack MODEL` first")
     layout, again = layout_of(model, facts, wishes), "free memory, or make a new plan with `hybrid plan`"
     ring_experts = -(-plan.settings.ring // model.expert_geometry.expert_bytes(layout.expert_format))
-    layout = replace(layout, ring_experts=ring_experts)
+    layout = replace(layout, slots=plan.settings.slots, ring_experts=ring_experts)
     needed, (spare, _) = plan.settings.pages_on_device * page_bytes(model, layout), room(model, facts, layout)
     if 0 <= spare < needed:
         raise PlacementError(

@@ -16,7 +16,7 @@ from offload.config import ExpertFormat
 from placement.document import DocumentError
 from placement.hardware import Hardware, fingerprint
 from placement.ledger import ITEM_BYTES
-from placement.plan import Plan, check_fresh, read_plan
+from placement.plan import Plan, check_fresh, check_slots, read_plan
 from placement.probe import find_hardware
 from placement.profile import Profile, read_profile
 from server.options import SettingsError
@@ -71,6 +71,7 @@ def load_plan(path: Path, model: ModelConfig, hardware: Hardware) -> Plan:
             f"{path}: the plan needs {', '.join(plan.lacking)}, which this version does not run; make one with "
             "`hybrid plan --servable`"
         )
+    check_slots(path, plan, model)
     if plan.settings.max_model_len > model.max_position_embeddings:
         raise DocumentError(
             f"{path}: settings.max_model_len: the model allows at most {model.max_position_embeddings} tokens"

@@ -34,12 +34,6 @@ def on_device(store: MemoryStore, layer: int = 0) -> torch.Tensor:
     return data
 
 
-def turned(data: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The experts in slots in another order, and where they are."""
-    order = torch.arange(len(data)).flip(0)
-    return data[order], order
-
-
 def answer(dense: reference.Layer, x: np.ndarray, expert: int) -> np.ndarray:
     """(T, D) float64, activations as they are."""
     gate, up = x @ dense.gate[expert].T, x @ dense.up[expert].T
@@ -81,7 +75,7 @@ def test_products_agree_with_the_reference(fmt: ExpertFormat, monkeypatch: pytes
                 shares[e][:, None] * answer(store.dense[0], x.astype(np.float64), e) for e in range(len(shares))
             )
             few, many = torch.from_numpy(start.copy()), torch.from_numpy(start.copy())
-            product.add_few(few, torch.from_numpy(x), torch.from_numpy(shares), *turned(data))
+            product.add_few(few, torch.from_numpy(x), torch.from_numpy(shares), list(data))
             for expert, share in enumerate(shares):
                 rows = np.flatnonzero(share)
                 chosen = torch.from_numpy(rows), torch.from_numpy(share[rows])
@@ -114,7 +108,7 @@ def test_the_host_kernels_say_the_same() -> None:
         experts.close()
         out = torch.zeros(x.shape)
         shares = torch.zeros((geometry.n_experts, 6)).scatter_(0, ids.T, 0.5)
-        DeviceProduct(geometry, fmt, torch.float32, CPU).add_few(out, x, shares, *turned(on_device(store)))
+        DeviceProduct(geometry, fmt, torch.float32, CPU).add_few(out, x, shares, list(on_device(store)))
         assert (out - host).abs().max() <= 1e-3 * host.abs().max(), fmt  # a16's own rounding of h
 
 
@@ -127,6 +121,6 @@ def test_a_token_that_did_not_choose_an_expert_is_safe_from_it() -> None:
     shares = torch.zeros((geometry.n_experts, 2))
     shares[:, 0] = 1
     out = torch.zeros(x.shape)
-    product.add_few(out, x, shares, *turned(data))
+    product.add_few(out, x, shares, list(data))
     assert out[0].isfinite().all()
     assert (out[1] == 0).all()

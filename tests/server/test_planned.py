@@ -79,7 +79,6 @@ def test_a_stale_plan(tmp_path: Path, model: ModelConfig, hardware: Hardware) ->
     [
         ({"weights": "fp8"}, "fp8 weights"),
         ({"weights": "int8"}, "int8 weights"),
-        ({"slots": (0, 4)}, "experts in VRAM"),
         ({"experts_leave_ram": True}, "experts leaving RAM"),
         ({"pages_in_ram": 5}, "KV in RAM"),
         ({"embedding_in_ram": True}, "embedding in RAM"),
@@ -95,10 +94,18 @@ def test_what_the_engine_does_not_do_is_refused(
     )
 
 
+def test_slots_of_another_model_are_refused(tmp_path: Path, model: ModelConfig, hardware: Hardware) -> None:
+    path = tmp_path / "plan.yaml"
+    write_plan(path, plans.plan(model, hardware, slots=(0, 4)))
+    assert "settings.slots: expected none, or one for each of 3 MoE layers" in refusal(path, model, hardware)
+    write_plan(path, plans.plan(model, hardware, slots=(0, 4, 1)))
+    assert load_plan(path, model, hardware).settings.slots == (0, 4, 1)
+
+
 def test_all_that_is_lacking_is_named(tmp_path: Path, model: ModelConfig, hardware: Hardware) -> None:
     path = tmp_path / "plan.yaml"
-    write_plan(path, plans.plan(model, hardware, slots=(1,), pages_in_ram=1))
-    assert "the plan needs KV in RAM, experts in VRAM, which" in refusal(path, model, hardware)
+    write_plan(path, plans.plan(model, hardware, experts_leave_ram=True, embedding_in_ram=True))
+    assert "the plan needs embedding in RAM, experts leaving RAM, which" in refusal(path, model, hardware)
 
 
 def test_experts_that_cannot_be_made(tmp_path: Path, model: ModelConfig, hardware: Hardware) -> None:
