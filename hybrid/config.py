@@ -14,6 +14,7 @@ from typing import Literal
 from hybrid.config_json import ConfigError as ConfigError
 from hybrid.config_json import Fields, read_object
 from offload.config import ExpertFormat, ExpertGeometry, PoolConfig, Projection
+from offload.stream_split import StreamRates
 
 ModelType = Literal["kimi_k25", "kimi_k2", "deepseek_v3", "deepseek_v2"]
 TopkMethod = Literal["noaux_tc", "greedy", "group_limited_greedy"]
@@ -26,6 +27,7 @@ MODEL_TYPES: tuple[ModelType, ...] = ("kimi_k25", "kimi_k2", "deepseek_v3", "dee
 # What exists at once in a step. The engine computes in these sizes and the ledger of bytes counts with them.
 KEY_BLOCK = 2048  # keys expanded: 134 MB of float32 keys and values at 64 heads of 128 + 128
 QUERY_BLOCK = 128  # queries scored: 67 MB of float32 scores at 64 heads
+PIECE_TOKENS = 2048  # new ids in a layer, but for its routed experts: 226 MB of bf16 in a dense MLP of 3 x 18,432
 LOGIT_ROWS = 256  # positions with logits: 168 MB of float32 at 163,840 words
 # Narrow weights widened: 34 MB of bf16, which the L2 of a large GPU holds (40 to 100 MB), so that a decoding step reads
 # one byte for each weight from its memory. Smaller tiles are more launches.
@@ -250,6 +252,11 @@ class EngineConfig:
     `narrow` holds the matrices outside the routed experts in a byte for each value (`hybrid.widths`), `kv_dtype`
     likewise the cache; everything is computed in `dtype`. `embedding_in_ram` looks ids up beside the CPU, and only
     their rows go to the device.
+    `ring_bytes` of the device, two experts or more, let steps with prompts stream experts there, as many as the
+    `stream_rates` of this machine say; 0 for none.
+    `ping_pong` runs steps as two halves that take turns at the device and the experts: "auto" where trying shows that
+    it pays, "on" wherever there are two rows.
+    `vram_slots` are experts of each MoE layer that lie on the device as well; () for none anywhere.
     """
 
     model: Path
@@ -266,6 +273,10 @@ class EngineConfig:
     narrow: NarrowFormat | None = None
     kv_dtype: KvDtype = "model"
     embedding_in_ram: bool = False
+    ring_bytes: int = 0
+    stream_rates: StreamRates | None = None
+    ping_pong: Literal["off", "auto", "on"] = "off"
+    vram_slots: tuple[int, ...] = ()
 
 
 def is_router(name: str) -> bool:

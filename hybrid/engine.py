@@ -6,32 +6,38 @@ with its own number of threads (`torch.set_num_threads` is the caller's to set);
 Called by the engine process, by benches and by tests.
 """
 
+import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
 
 from hybrid.batch import Batch, Row, RowOutput, StepOutput, TokenLogprob
 from hybrid.config import LOGIT_ROWS, ConfigError, EngineConfig, ModelConfig
-from hybrid.inputs import check_rows, row_starts, upload
+from hybrid.inputs import check_rows, in_pieces, row_starts, upload
 from hybrid.kv import allocate
 from hybrid.kv_ram import RamTier
 from hybrid.model import build_model
 from hybrid.moe import Watch
+from hybrid.ping_pong import Mode, PingPong
 from hybrid.sampler import sample_rows, score
 from hybrid.weights import load_weights
 from hybrid.widths import kv_bytes_per_token
 from offload.backends import Backend, BackendError, choose
 from offload.checkpoint import Checkpoint
 from offload.config import PoolConfig, Progress
-from offload.experts import Choices, Experts
+from offload.device_product import DeviceProduct
+from offload.experts import Choices, Experts, ExpertStats
 from offload.isa import choose as choose_isa
 from offload.kt import INSTALL, KtExperts, Published
 from offload.pool import PoolError
 from offload.ram import ram
+from offload.split import SplitExperts, with_vram
 from offload.store import open_store
+from offload.streaming import StreamStats, open_streaming
 from offload.topology import Topology, find_topology
+from offload.vram import VramStats
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -71,7 +77,8 @@ class Engine:
         self._checkpoint = Checkpoint(config.model)
         choose_isa(config.pool.isa)  # a tier that cannot run is refused before anything is read
         topology = find_topology(config.pool.threads)
-        backend, line = choose(config.experts, self._published(), config.expert_format, config.pool, topology)
+        wanted = "numba" if config.experts == "auto" and any(config.vram_slots) else config.experts
+        backend, line = choose(wanted, self._published(), config.expert_format, config.pool, topology)
         self._config = replace(config, experts=backend)
         if line:
             notice(line)
@@ -83,6 +90,7 @@ class Engine:
         self._transformer = build_model(self.model, self._tensors, self._experts, config.mla, watch)
         self._cache = allocate(self.model, config.n_pages, config.page_size, dtype, self._device, config.kv_dtype)
         self._ram_tier = RamTier(self._cache.storage(), config.n_ram_pages)
+        self._ping_pong = PingPong(config.ping_pong)
 
     def step(self, batch: Batch) -> StepOutput:
         """Move pages between the tiers, compute the new ids of every row, fill their cache pages, and answer each row
@@ -90,15 +98,18 @@ class Engine:
         began = time.perf_counter()
         check_rows(batch.rows, self._config.n_pages, self._config.page_size, self.model.vocab_size)
         before = self._experts.stats()
-        with torch.inference_mode():
+        with self._experts_within(batch), torch.inference_mode():
             self._ram_tier.move(batch.moves)
-            inputs = upload(batch, self._config.page_size, self._device)
+            parts = self._ping_pong.parts(batch)
+            inputs = [[upload(p, self._config.page_size, self._device) for p in in_pieces(part)] for part in parts]
             hidden = self._transformer.hidden(inputs, self._cache)  # (T, D)
             rows = self._answer(batch.rows, hidden)
         after = self._experts.stats()
+        seconds = time.perf_counter() - began
+        self._ping_pong.took(batch, len(parts), seconds)
         return StepOutput(
             rows=rows,
-            seconds=time.perf_counter() - began,
+            seconds=seconds,
             expert_bytes=after.bytes_read - before.bytes_read,
             distinct_experts=after.distinct_experts - before.distinct_experts,
         )
@@ -108,9 +119,21 @@ class Engine:
         """As given, with the pool and the backend of the experts that are in use."""
         return self._config
 
+    def vram(self) -> VramStats | None:
+        """What the expert slots on the device did; None without any."""
+        return self._experts.vram() if isinstance(self._experts, SplitExperts) else None
+
+    def streamed(self) -> StreamStats | None:
+        """What went through the ring; None without one."""
+        return self._experts.streamed() if isinstance(self._experts, SplitExperts) else None
+
     def choices(self) -> Choices:
         """How many tokens chose each routed expert since the start."""
         return self._experts.choices()
+
+    def expert_stats(self) -> ExpertStats:
+        """What the routed experts did since the start."""
+        return self._experts.stats()
 
     def use_pool(self, pool: PoolConfig) -> None:
         """Run the loaded experts with other threads, instructions or precision from now on. Nothing is read again.
@@ -124,11 +147,35 @@ class Engine:
         self._transformer = build_model(self.model, self._tensors, self._experts, self._config.mla, self._watch)
         self._config = replace(self._config, pool=pool)
 
+    def use_ping_pong(self, mode: Mode) -> None:
+        """Split steps from now on never, always, or where it pays."""
+        self._ping_pong = PingPong(mode)
+        self._config = replace(self._config, ping_pong=mode)
+
+    @property
+    def halved(self) -> dict[int, bool]:
+        """Batch sizes whose steps were tried whole and in halves, and whether they run in halves now."""
+        return self._ping_pong.choices
+
     def close(self) -> None:
         """Stop the expert workers and let go of their memory."""
         self._experts.close()
         self._ram_tier.close()
         self._checkpoint.close()
+
+    @contextlib.contextmanager
+    def _experts_within(self, batch: Batch) -> Iterator[None]:
+        """One step: which experts lie in VRAM is settled meanwhile. Prompts do not teach which ones should."""
+        if not isinstance(self._experts, SplitExperts):
+            yield
+            return
+        teaches = False
+        self._experts.begin()
+        try:
+            yield
+            teaches = all(len(row.ids) == 1 for row in batch.rows)
+        finally:
+            self._experts.end(teaches)
 
     def _published(self) -> Published:
         model = self.model
@@ -138,10 +185,14 @@ class Engine:
 
     def _open_experts(
         self, backend: Backend, topology: Topology, progress: Progress, notice: Notice
-    ) -> Experts | KtExperts:
-        """The routed experts, run by our kernels or by kt-kernel."""
+    ) -> Experts | SplitExperts | KtExperts:
+        """The routed experts, run by our kernels, and some by the device, or by kt-kernel."""
         config, model = self._config, self.model
         if backend == "kt":
+            if any(config.vram_slots):
+                raise ConfigError("vram_slots: kt-kernel runs all experts by itself; use --experts numba, or no slots")
+            if config.ring_bytes:
+                notice("prompts do not stream experts to the device: kt-kernel runs all of them")
             try:
                 return KtExperts(self._published(), topology, progress)
             except PoolError as error:
@@ -159,7 +210,17 @@ class Engine:
         for line in store.notices:
             notice(line)
         progress("compiling expert kernels, or loading them from the cache", 0, 0)
-        return Experts(store, config.pool, topology)
+        experts = Experts(store, config.pool, topology)
+        if not any(config.vram_slots) and not config.ring_bytes:
+            return experts
+        slots = config.vram_slots or (0,) * len(model.moe_layers)
+        product = DeviceProduct(model.expert_geometry, store.format, DTYPES[config.dtype], self._device)
+        streaming = None
+        if config.ring_bytes:
+            if config.stream_rates is None:
+                raise ConfigError("ring_bytes: which experts to stream needs stream_rates, those of this machine")
+            streaming = open_streaming(store, product, config.stream_rates, config.ring_bytes, self._device, notice)
+        return with_vram(experts, store, slots, product, self._device, notice, streaming)
 
     def _expert_ram(self) -> int:
         """Bytes of RAM for the experts of a packed file."""

@@ -4,7 +4,7 @@ Reads like the paper: `x += attention(norm x); x += mlp(norm x)`. Knows no reque
 Called by `hybrid.engine`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +13,7 @@ from torch.nn.functional import embedding
 from hybrid.config import ModelConfig
 from hybrid.inputs import StepInputs
 from hybrid.kv import LatentCache
+from hybrid.lanes import Block, Lane, run
 from hybrid.layers import Mlp, rms_norm
 from hybrid.mla import Attention, MlaPath
 from hybrid.moe import Moe, RoutedExperts, Router, Watch
@@ -20,16 +21,6 @@ from hybrid.narrow import Matrix, linear
 from hybrid.rope import Rope, build_rope
 
 Tensors = Mapping[str, Matrix]
-
-
-@dataclass(frozen=True, slots=True)
-class Block:
-    """One layer, with a norm before each of its two halves."""
-
-    attention_norm: torch.Tensor  # (D,)
-    attention: Attention
-    mlp_norm: torch.Tensor  # (D,)
-    mlp: Mlp | Moe
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,14 +34,20 @@ class Transformer:
     norm: torch.Tensor  # (D,)
     head: Matrix  # (vocabulary, D)
 
-    def hidden(self, inputs: StepInputs, cache: LatentCache) -> torch.Tensor:
-        """The residual stream after the last block, (T, D); the new ids' latents are in the cache afterwards."""
-        table = self.rope.table(inputs.positions)  # 2 x (T, R/2)
-        x = embedding(inputs.ids.to(self.embed.device), self.embed).to(inputs.ids.device)  # (T, D)
-        for block in self.blocks:
-            x = x + block.attention(rms_norm(x, block.attention_norm, self.eps), inputs, cache, self.rope, table)
-            x = x + block.mlp(rms_norm(x, block.mlp_norm, self.eps))
-        return x
+    def hidden(self, parts: Sequence[Sequence[StepInputs]], cache: LatentCache) -> torch.Tensor:
+        """The residual stream after the last block, (T, D); the new ids' latents are in the cache afterwards.
+
+        Two parts of a step take turns at the device and the routed experts (`hybrid.lanes`). Each comes in pieces.
+        """
+        lanes = [
+            Lane(self._embedded(torch.cat([piece.ids for piece in pieces])), pieces, cache, self.rope, self.eps)
+            for pieces in parts
+        ]
+        run(self.blocks, lanes)
+        return lanes[0].x if len(lanes) == 1 else torch.cat([lane.x for lane in lanes])
+
+    def _embedded(self, ids: torch.Tensor) -> torch.Tensor:
+        return embedding(ids.to(self.embed.device), self.embed).to(ids.device)  # (T, D)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """(N, D) to (N, vocabulary) float32."""

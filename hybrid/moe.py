@@ -11,7 +11,7 @@ import torch
 from torch.nn.functional import linear
 
 from hybrid.config import ModelConfig
-from hybrid.layers import Mlp
+from hybrid.layers import Mlp, by_pieces
 
 
 class Pending(Protocol):
@@ -45,7 +45,7 @@ class Router:
 
     def __call__(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """ids (T, K) int64 and weights (T, K) float32 for x (T, D)."""
-        scores = self.scores(x)
+        scores = by_pieces(self.scores, x)
         ids = self.choice(scores).topk(self.config.num_experts_per_tok, -1, sorted=False).indices  # (T, K)
         weights = scores.gather(-1, ids)  # (T, K)
         if self.config.norm_topk_prob:
@@ -90,15 +90,46 @@ class Moe:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """(T, D) to (T, D)."""
-        ids, weights = self.router(x)
-        pending = self.experts.submit(self.layer, x, ids, weights)
-        if self.watch is not None:
-            self.watch(self, x, ids)
-        if self.following is not None and self.experts.wants_hints:
-            layer, router = self.following
-            self.experts.hint(layer, router.choice(router.scores(x)))  # this layer's input, the next layer's router
-        shared = self.shared(x)
-        return pending.wait() + shared
+        return self.route(x).start().wait()
+
+    def route(self, x: torch.Tensor) -> "Routed":
+        """Choose the experts of x (T, D); nothing runs yet."""
+        return Routed(self, x, *self.router(x))
+
+
+@dataclass(frozen=True, slots=True)
+class Routed:
+    """A layer's tokens that know their experts."""
+
+    moe: Moe
+    x: torch.Tensor  # (T, D)
+    ids: torch.Tensor  # (T, K)
+    weights: torch.Tensor  # (T, K) float32
+
+    def start(self) -> "Running":
+        """Hand the tokens over, tell the next layer's likely experts where asked, and do the shared expert."""
+        moe, x = self.moe, self.x
+        pending = moe.experts.submit(moe.layer, x, self.ids, self.weights)
+        if moe.watch is not None:
+            moe.watch(moe, x, self.ids)
+        if moe.following is not None and moe.experts.wants_hints:
+            layer, router = moe.following
+            moe.experts.hint(
+                layer, router.choice(by_pieces(router.scores, x))
+            )  # this layer's input, the next layer's router
+        return Running(pending, by_pieces(moe.shared, x))
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """A layer whose routed experts are at work."""
+
+    pending: Pending
+    shared: torch.Tensor  # (T, D)
+
+    def wait(self) -> torch.Tensor:
+        """What the layer adds to the residual stream: (T, D)."""
+        return self.pending.wait() + self.shared
 
 
 Watch = Callable[[Moe, torch.Tensor, torch.Tensor], None]

@@ -33,6 +33,9 @@ LINE = 64  # bytes of a cache line, and of one vector of 16 rows
 TILE_ROWS = 16
 UNIT_TILES = 4
 UNIT_ROWS: dict[Matrix, int] = {"gate_up": 32, "down": 64}  # inner rows and output rows of one unit
+# Bytes that one weight's product with few tokens moves in a device's memory, where they are decoded to 16 bits first
+# (offload/device_product.py): rows put in order, taken apart, scaled, and read by the product.
+DECODED_TRAFFIC: dict[ExpertFormat, float] = {"int4": 10.0, "int8": 7.0, "bf16": 6.0, "fp8": 11.0}
 MAX_NODES = 8  # memory nodes that workers can tell apart: two sockets of four
 
 
@@ -89,6 +92,15 @@ class ExpertGeometry:
     def node_bytes(self, node: int, n_nodes: int, fmt: ExpertFormat) -> int:
         """Bytes of one node's share of an expert."""
         return sum(len(self.units_of(m, node, n_nodes)) * self.unit_bytes(m, fmt) for m in MATRICES)
+
+    def decoding_bytes(self, item: int) -> int:
+        """Most memory that decoding one expert takes on a device that computes in `item` bytes: gate and up as
+        published, as values and as the result."""
+        return 2 * self.inner * self.hidden * (3 + item)
+
+    def decoded_traffic(self, fmt: ExpertFormat) -> float:
+        """Bytes that one expert's product with few tokens moves in a device's memory."""
+        return 3 * self.inner * self.hidden * DECODED_TRAFFIC[fmt]
 
     def expert_bytes(self, fmt: ExpertFormat) -> int:
         """Bytes of one packed expert: weights, scales and padding (none where D and F are multiples of 64)."""

@@ -27,6 +27,8 @@ from offload.pool import PoolError, WorkerPool
 from offload.store import ExpertStore
 from offload.topology import Topology
 
+PIECE_ROWS = 2048  # of a sum that come to the device at a time: 59 MB of float32 at 7168 hidden
+
 
 @dataclass(slots=True)
 class ExpertStats:
@@ -38,6 +40,7 @@ class ExpertStats:
     distinct_experts: int = 0  # summed over the layers run
     bytes_read: int = 0  # of those experts
     seconds: float = 0.0  # from submit until wait has the result
+    waited: float = 0.0  # of these, in wait: the caller had nothing else to do
 
 
 class Choices(NamedTuple):
@@ -46,6 +49,14 @@ class Choices(NamedTuple):
     layers: tuple[int, ...]
     counts: npt.NDArray[np.int64]  # (L, E): tokens that chose each expert; one without an expert (id -1) adds nothing
     tokens: int  # that went through the first of the layers
+
+
+class HostTokens(NamedTuple):
+    """A layer's tokens where the workers read them."""
+
+    x: torch.Tensor  # (T, D) float32
+    ids: torch.Tensor  # (T, K) int64
+    weights: torch.Tensor  # (T, K) float32
 
 
 class Buffer:
@@ -78,10 +89,13 @@ class Pending:
     def wait(self) -> torch.Tensor:
         """Block until the sum is there: (T, D), in x's dtype, on x's device. Raises PoolError when a worker failed."""
         self._experts._finish(self, self._started)
-        like = self._like
-        if like.device.type == "cpu" and like.dtype == torch.float32:
-            return self._result
-        return self._result.to(like.device, non_blocking=True).to(like.dtype)
+        return self._result.to(self._like.device, non_blocking=True).to(self._like.dtype)
+
+    def add_to(self, out: torch.Tensor) -> None:
+        """The same added to `out` (T, D) float32 on the device, some rows at a time."""
+        self._experts._finish(self, self._started)
+        for some, mine in zip(torch.split(out, PIECE_ROWS), torch.split(self._result, PIECE_ROWS), strict=True):
+            some += mine.to(out.device, non_blocking=True)
 
 
 class Experts:
@@ -140,11 +154,19 @@ class Experts:
         `wait`.
         Raises ValueError for shapes or ids that do not fit and RuntimeError while another layer is running.
         """
+        return self.start(layer, x, self.fetch(x, ids, weights))
+
+    def fetch(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> HostTokens:
+        """The first half of `submit`: the tokens on the host, for a caller who looks at the ids before `start`."""
         if self._pending is not None or self._pool.busy:  # busy alone: a wait was interrupted
             raise RuntimeError("a layer is running: wait for it before the next submit")
-        index = self._find(layer)
         self._check(x, ids, weights)
-        values, chosen, shares = self._fetch(x, ids, weights)
+        return self._fetch(x, ids, weights)
+
+    def start(self, layer: int, x: torch.Tensor, tokens: HostTokens) -> Pending:
+        """The second half: run what `fetch` made of x. The ids may be others by now."""
+        index = self._find(layer)
+        values, chosen, shares = tokens
         result = self._staged("result", x, x.shape, torch.float32)
         if not self._pool.broken:  # a stuck worker may still read the job before this one
             self._begin(index, values, chosen, shares, result)
@@ -155,19 +177,20 @@ class Experts:
         else:
             self._late = alive  # the disk is at work: `wait` goes on from here
         self._pending = pending
-        self._count(ids.shape)
+        self._count(chosen.shape)
         return pending
 
-    def hint(self, layer: int, scores: torch.Tensor) -> None:
+    def hint(self, layer: int, scores: torch.Tensor, elsewhere: npt.NDArray[np.bool_] | None = None) -> None:
         """Say how well the layer's experts will probably fit the tokens: (T, E), -inf for those that are ruled out.
 
-        Where the experts are larger than RAM, those that lack are read before the layer's next submit.
+        Where the experts are larger than RAM, those that lack are read before the layer's next submit, but for those
+        that somebody else runs: `elsewhere` (E,).
         """
         index, n_experts = self._find(layer), self._store.geometry.n_experts
         if scores.ndim != 2 or scores.shape[1] != n_experts:
             raise ValueError(f"scores: expected (tokens, {n_experts}), got {tuple(scores.shape)}")
         if self._pager is not None and self._k:
-            self._pager.expect(index, scores, self._k)
+            self._pager.expect(index, scores, self._k, elsewhere)
 
     def stats(self) -> ExpertStats:
         """The counters as they are now."""
@@ -230,9 +253,7 @@ class Experts:
                 f"ids, weights: expected two ({x.shape[0]}, k), got {tuple(ids.shape)} and {tuple(weights.shape)}"
             )
 
-    def _fetch(
-        self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _fetch(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> HostTokens:
         """The three on the host, in the types that the workers read."""
         sources = {"x": x.detach().float(), "ids": ids.long(), "weights": weights.detach().float()}
         if x.device.type == "cpu":
@@ -243,7 +264,7 @@ class Experts:
                 host[role].copy_(tensor, non_blocking=True)
             # Also lets an earlier result leave its staging buffer before the workers write there again.
             torch.cuda.current_stream(x.device).synchronize()
-        return host["x"], host["ids"], host["weights"]
+        return HostTokens(**host)
 
     def _staged(self, role: str, x: torch.Tensor, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
         """A host tensor: new for a CPU caller, who keeps it; else a part of a pinned buffer that is used again."""
@@ -322,6 +343,7 @@ class Experts:
     def _finish(self, pending: Pending, started: float) -> None:
         if self._pending is not pending:
             raise RuntimeError("this layer was waited for already")
+        waits = time.perf_counter()
         alive, self._late = self._late, None
         try:
             if self._lost:
@@ -343,7 +365,9 @@ class Experts:
             if self._pager is not None and not self._pool.broken and not self._pool.busy:
                 self._pager.finish()
         self._pending = None
-        self._stats.seconds += time.perf_counter() - started
+        now = time.perf_counter()
+        self._stats.seconds += now - started
+        self._stats.waited += now - waits
 
     def _run_parts(self, alive: object) -> None:
         """The job, some experts after others as they come from the disk: added up in the same order as at once."""

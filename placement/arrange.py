@@ -61,6 +61,7 @@ class Task:
     profile: Profile | None
     kernel: str | None
     servable: bool  # only what this version's engine does
+    may_stream: bool = True
 
     def rates(self, setup: Setup) -> Rates | None:
         return None if self.profile is None else resolve(self.model, self.profile, setup, self.routing)
@@ -81,6 +82,12 @@ class Task:
     @cached_property
     def has_link(self) -> bool:
         return self.facts.device == "cuda" and self.profile is not None and self.profile.link is not None
+
+    @property
+    def may_have_slots(self) -> bool:
+        """Whether experts may lie in VRAM. A server without rates could not say that it pays."""
+        known = self.profile is not None or not self.servable
+        return self.facts.device == "cuda" and self.wishes.experts == "numba" and known
 
     @property
     def kv_may_leave(self) -> bool:
@@ -115,7 +122,17 @@ def arrange(task: Task, base: Layout) -> Arrangement:
     """
     task = task.coarse
     base = replace(base, max_running=_running(task, base))
-    streams, chunk, chunks = _steps(task, base)
+    steps = _steps(task, base)
+    try:
+        return _with_steps(task, base, *steps)
+    except PlacementError:  # the ring and its larger steps may be what is too much
+        if not steps[0]:
+            raise
+        return _with_steps(task, base, *_steps(replace(task, may_stream=False), base))
+
+
+def _with_steps(task: Task, base: Layout, streams: bool, chunk: int, chunks: dict[int, float]) -> Arrangement:
+    """The best arrangement with this size of step. Raises PlacementError."""
     layout = replace(base, max_batch_tokens=chunk, ring_experts=RING_EXPERTS if streams else 0)
     most, *fewer = [
         _best(task, replace(layout, max_running=running), streams, chunks) for running in _batches(task, layout)
@@ -153,7 +170,7 @@ def _batches(task: Task, layout: Layout) -> list[int]:
 
 def _best(task: Task, layout: Layout, streams: bool, chunks: dict[int, float]) -> Arrangement:
     """The best arrangement of one layout. Raises PlacementError."""
-    if task.servable or task.facts.device == "cpu":
+    if not task.may_have_slots:
         found = [_priced(task, layout, streams, chunks)]
     else:
         market = _market(task, layout, streams)
@@ -188,7 +205,9 @@ def _steps(task: Task, base: Layout) -> tuple[bool, int, dict[int, float]]:
     if slow is None:
         return False, wished or MAX_BATCH_TOKENS, {}
     chunk, chunks = best_chunk(slow, task.goal, _sizes(task, base), CHUNK_WITHIN)
-    fast = task.rates(task.setup(base, True, from_disk)) if task.has_link and not task.servable else None
+    # Experts on the disk would have to come to RAM first: the engine streams only what lies there.
+    may_stream = task.may_stream and task.has_link and not from_disk and task.wishes.experts == "numba"
+    fast = task.rates(task.setup(base, True)) if may_stream else None
     if fast is None:
         return False, chunk, chunks
     ring = replace(base, ring_experts=RING_EXPERTS)
@@ -238,13 +257,15 @@ def _splits(task: Task, layout: Layout, market: SlotMarket) -> Iterator[Layout]:
     least, want = (_pages(task, layout, n) * page for n in (1, min(task.goal.concurrency, layout.max_running)))
     longest = layout.max_model_len or task.model.max_position_embeddings
     useful = -(-longest // layout.page_size) * layout.max_running * page  # more pages could never be in use
-    for n in _slot_counts(task, layout, spare, ram_left, want):
+    decoding = workspace_bytes(task.model, replace(layout, slots=(1,))) - workspace_bytes(task.model, layout)
+    for n in _slot_counts(task, layout, spare - decoding, ram_left, want):
         slots = market.deal(n)
-        left = layout.kv_bytes if layout.kv_bytes is not None else spare - n * task.expert
+        taken = n * task.expert + (decoding if n else 0)
+        left = layout.kv_bytes if layout.kv_bytes is not None else spare - taken
         short = _beyond(task, layout, want - left)
-        leave = bool(slots) and not layout.mapped and ram_left < short
+        leave = bool(slots) and not layout.mapped and not task.servable and ram_left < short
         ram = ram_left + (sum(slots) * task.expert if leave else 0)
-        beside = spare - n * task.expert - (page if layout.kv_bytes is None else layout.kv_bytes)
+        beside = spare - taken - (page if layout.kv_bytes is None else layout.kv_bytes)
         in_ram = min(-(-short // page) * page, _most_in_ram(task, layout, beside, ram) // page * page)
         if layout.kv_bytes is None:
             left = min(left - kv_buffer_bytes(task.model, in_ram), useful)

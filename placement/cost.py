@@ -155,8 +155,10 @@ def resolve(model: ModelConfig, profile: Profile, setup: Setup, routing: Routing
     narrow_table = _table(profile, setup.weights)
     n_layers = model.num_hidden_layers
     gemm = _gemm(profile, setup.weights)
+    geometry, fmt = model.expert_geometry, _format_of(setup.kernel)
+    traffic = geometry.decoded_traffic(fmt) / geometry.expert_bytes(fmt)  # on the device, over reading alone
     experts = ExpertRates(
-        expert_bytes=model.expert_geometry.expert_bytes(_format_of(setup.kernel)),
+        expert_bytes=geometry.expert_bytes(fmt),
         expert_flops=6 * model.hidden_size * model.moe_intermediate_size,
         rows=_kernel_table(model, kernel.hidden, kernel.inner, {m: t.value for m, t in kernel.seconds.items()}),
         ram_read=max(rate.value for rate in profile.memory.read.values()) if profile.memory else math.inf,
@@ -165,7 +167,7 @@ def resolve(model: ModelConfig, profile: Profile, setup: Setup, routing: Routing
         beside_copies=(profile.link.kernels_beside_copies or 1.0) if profile.link else 1.0,
         from_disk=setup.from_disk,
         device=Device(
-            read=gemm.size**2 * ITEM_BYTES[setup.weights] / gemm.seconds[min(gemm.seconds)].value,
+            read=gemm.size**2 * ITEM_BYTES[setup.weights] / gemm.seconds[min(gemm.seconds)].value / traffic,
             flops=max(2 * rows * gemm.size**2 / seconds.value for rows, seconds in gemm.seconds.items()),
         ),
     )

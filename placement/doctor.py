@@ -33,10 +33,11 @@ from placement import checks, trial
 from placement.checks import Compared, Finding, Room
 from placement.diagnosis import TINY, Phase, Report
 from placement.hardware import Hardware
-from placement.ledger import MAX_BATCH_TOKENS, expert_bytes, human, weight_bytes
+from placement.ledger import MAX_BATCH_TOKENS, human
 from placement.measure_kernels import ACTIVE, CACHES, cache_bytes, small_config
 from placement.measure_timing import Effort, Sizes
 from placement.probe import find_hardware
+from placement.tensor_bytes import expert_bytes, weight_bytes
 
 Tell = Callable[[str], None]
 Device = Literal["cpu", "cuda"]

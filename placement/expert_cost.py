@@ -68,7 +68,7 @@ class RowTable:
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """How the device runs experts: bytes per second that it reads, and FLOP/s."""
+    """How the device runs experts: bytes of them per second that it decodes and reads, and FLOP/s."""
 
     read: float
     flops: float
@@ -145,12 +145,13 @@ def expert_cost(
 
 
 def slot_seconds(rates: ExpertRates, layers: tuple[Layers, ...], n_layers: int, tokens: int) -> Array:
-    """Seconds saved in VRAM by each layer's n-th hottest expert, (L, E)."""
+    """Seconds that each layer's n-th hottest expert in VRAM saves, (L, E), where CPU and device work side by side."""
     values = np.zeros((n_layers, len(layers[0].shares)))
     for group in layers:
-        active = chosen(group.shares, tokens)
-        saved = _cpu_seconds(rates, group.shares, tokens) - _device_seconds(rates, group.shares, active, tokens)
-        values[list(group.members)] = np.maximum(saved, 0)
+        cpu = _cpu_seconds(rates, group.shares, tokens)
+        device = _device_seconds(rates, group.shares, chosen(group.shares, tokens), tokens)
+        left, taken = (np.append(0.0, np.cumsum(seconds)) for seconds in (cpu, device))
+        values[list(group.members)] = np.maximum(-np.diff(np.maximum(left[-1] - left, taken)), 0)
     return values
 
 
@@ -219,6 +220,6 @@ def _expected(table: RowTable, shares: Array, tokens: int) -> Array:
 
 
 def _device_seconds(rates: ExpertRates, shares: Array, active: Array, tokens: int) -> Array:
-    """Expected seconds of each expert on the device: reading it, or multiplying, whichever is longer."""
+    """Expected seconds of each expert on the device: decoding and reading it, or multiplying, whichever is longer."""
     read = active * rates.expert_bytes / rates.device.read
     return np.asarray(np.maximum(read, shares * tokens * rates.expert_flops / rates.device.flops))

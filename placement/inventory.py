@@ -13,7 +13,8 @@ from hybrid.config import ModelConfig, is_router
 from hybrid.config_json import Fields
 from hybrid.random_vision import Shapes, projector, tower
 from offload.config import FP8_BLOCK, GROUP, PROJECTIONS
-from placement.ledger import group_of, human
+from placement.ledger import human
+from placement.tensor_bytes import group_of
 
 BF16, FP32, INT32 = 2, 4, 4
 KEPT_WIDE = ("embed_tokens", "lm_head")  # matrices that an fp8 checkpoint publishes in bf16

@@ -7,39 +7,35 @@ for a model that is not on the disk and a machine that is not this one; `read_fa
 Knows no speeds and no requests. The engine process and the planner call it.
 """
 
-import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from types import MappingProxyType
 from typing import Literal
 
-from hybrid.config import KEY_BLOCK, LOGIT_ROWS, QUERY_BLOCK, WIDE_TILE, KvDtype, ModelConfig, NarrowFormat
-from hybrid.widths import best_narrow, held_bytes, kv_bytes_per_token
+from hybrid.config import (
+    KEY_BLOCK,
+    LOGIT_ROWS,
+    PIECE_TOKENS,
+    QUERY_BLOCK,
+    WIDE_TILE,
+    KvDtype,
+    ModelConfig,
+)  # fmt: skip
+from hybrid.widths import best_narrow, kv_bytes_per_token
 from offload.config import GROUP, ExpertFormat, Isa, Precision
 from placement.facts import Facts
 from placement.kept import kept_pages
 from placement.plan import WeightDtype, engine_types
+from placement.tensor_bytes import ITEM_BYTES, expert_bytes, weight_bytes
 
 ExpertTarget = Literal["native", "int8", "int4"]
 Where = Literal["device", "RAM", "disk"]
 
 # The first part found in a tensor's name tells its group.
-GROUPS = (
-    ("embed_tokens", "embedding"),
-    ("norm", "norms"),
-    ("self_attn", "attention"),
-    ("mlp.gate.", "router (float32)"),
-    ("shared_experts", "shared experts"),
-    ("mlp.", "dense MLP"),
-    ("lm_head", "output head"),
-)
-ITEM_BYTES: dict[WeightDtype, int] = {"float32": 4, "bfloat16": 2, "fp8": 2, "int8": 2}  # of what is not narrow
 DEVICE_RESERVE = 0.05  # of the device's memory: libraries, allocator gaps
 HOST_RESERVE = 512 * 2**20  # interpreter, torch, compiled kernels, the REST process
 CPU_KV_SHARE = 0.5  # of what is left beside weights and experts: the rest of the machine lives there too
 CROWDED_KV_SHARE = 0.1  # likewise, where the mapped experts overflow RAM as it is
 ROUTED = "routed experts"  # how their lines begin, in every memory
-PIECE_TOKENS = 2048  # of a streamed pass, computed at a time inside a layer
 MAX_RUNNING, MAX_BATCH_TOKENS = 64, 512  # where nobody asks for others
 
 
@@ -195,47 +191,30 @@ def room(model: ModelConfig, facts: Facts, layout: Layout) -> tuple[int, int]:
     return spare, facts.ram_free - HOST_RESERVE - host - moved - layout.kv_in_ram
 
 
-def group_of(name: str) -> str:
-    """The group of a tensor outside the routed experts, by its published name."""
-    return next(group for part, group in GROUPS if part in name)
-
-
 def page_bytes(model: ModelConfig, layout: Layout) -> int:
     """Bytes of one page over all layers."""
     return layout.page_size * kv_bytes_per_token(model, ITEM_BYTES[layout.weights], layout.kv_dtype)
 
 
-@functools.lru_cache(maxsize=16)  # a planner asks a hundred times
-def weight_bytes(model: ModelConfig, itemsize: int, narrow: NarrowFormat | None = None) -> Mapping[str, int]:
-    """Bytes of everything but the routed experts, by tensor group, as `hybrid.widths` holds them."""
-    groups: dict[str, int] = {}
-    for name, shape in model.tensor_shapes().items():
-        n_bytes = held_bytes(name, shape, itemsize, narrow, model.expert_format == "fp8")
-        groups[group_of(name)] = groups.get(group_of(name), 0) + n_bytes
-    return MappingProxyType(groups)
-
-
-def expert_bytes(model: ModelConfig, fmt: ExpertFormat) -> int:
-    """Bytes of all routed experts in `fmt`."""
-    return len(model.moe_layers) * model.n_routed_experts * model.expert_geometry.expert_bytes(fmt)
-
-
 def workspace_bytes(model: ModelConfig, layout: Layout) -> int:
     """Estimate of what one step needs beside weights and pages: activations, attention blocks, logits.
 
-    The largest tensors of each part times the copies that live at once; the blocks are those of `hybrid.mla`. A pass
-    that streams experts goes through a layer in pieces and keeps only hidden states of all its tokens.
+    The largest tensors of each part times the copies that live at once; the blocks are those of `hybrid.mla`. A large
+    step goes through a layer in pieces: of all its tokens there are the residual stream, the routed experts' input and
+    sum (float32, so it counts twice), the shared expert's answer, and one that is being made.
     """
     item, heads = ITEM_BYTES[layout.weights], model.num_attention_heads
     head = model.qk_nope_head_dim + model.qk_rope_head_dim + model.v_head_dim
     inner = max(model.intermediate_size, model.moe_intermediate_size * model.n_shared_experts)
-    at_once = min(layout.max_batch_tokens, PIECE_TOKENS) if layout.ring_experts else layout.max_batch_tokens
+    at_once = min(layout.max_batch_tokens, PIECE_TOKENS)
     activations = at_once * (4 * model.hidden_size + 3 * inner + 3 * heads * head) * item
-    waiting = (layout.max_batch_tokens - at_once) * 2 * model.hidden_size * item
+    waiting = (layout.max_batch_tokens - at_once) * 6 * model.hidden_size * item
     keys = KEY_BLOCK * max(2 * heads * head, layout.max_running * model.latent_size) * item
     scores = 3 * 4 * max(QUERY_BLOCK, layout.max_running) * heads * KEY_BLOCK
     widened = WIDE_TILE * item if engine_types(layout.weights)[1] else 0
-    return activations + waiting + keys + scores + widened + 3 * 4 * LOGIT_ROWS * model.vocab_size
+    decodes = any(layout.slots) or layout.ring_experts > 0
+    decoding = model.expert_geometry.decoding_bytes(item) if decodes else 0
+    return activations + waiting + keys + scores + widened + decoding + 3 * 4 * LOGIT_ROWS * model.vocab_size
 
 
 def host_buffer_bytes(model: ModelConfig, layout: Layout) -> int:

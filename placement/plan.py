@@ -22,7 +22,8 @@ GoalKind = Literal["latency", "throughput", "swarm"]
 Ability = Literal[
     "experts in VRAM", "experts leaving RAM", "streaming prefill", "KV streamed from RAM",
 ]  # fmt: skip
-ENGINE_ABILITIES: frozenset[Ability] = frozenset()  # of this version; a plan that needs others is not served
+# Of this version; a plan that needs others is not served.
+ENGINE_ABILITIES: frozenset[Ability] = frozenset({"experts in VRAM", "streaming prefill"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,8 +191,7 @@ def check_fresh(
 
 
 def check_slots(path: Path, plan: Plan, model: ModelConfig) -> None:
-    """Raises DocumentError where the slots are not those of the model's MoE layers. Nobody else counts them: an engine
-    that cannot have any refuses them all."""
+    """Raises DocumentError where the slots are not those of the model's MoE layers."""
     slots, layers, experts = plan.settings.slots, len(model.moe_layers), model.n_routed_experts
     if slots and (len(slots) != layers or max(slots) > experts):
         raise DocumentError(

@@ -13,8 +13,9 @@ from placement.cost import Load, step_cost
 from placement.expert_cost import expert_cost
 from placement.forecast import batch_run, cached_tokens, decode_step, human_seconds, request_tokens
 from placement.hardware import Hardware
-from placement.ledger import HOST_RESERVE, ITEM_BYTES, MAX_RUNNING, human, pack_command, page_bytes, weight_bytes
+from placement.ledger import HOST_RESERVE, MAX_RUNNING, human, pack_command, page_bytes
 from placement.plan import Choice, Prediction, Settings, WeightDtype, engine_types
+from placement.tensor_bytes import ITEM_BYTES, weight_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +141,7 @@ def _experts(decision: Decision, settings: Settings) -> Choice:
 
 def _vram_experts(decision: Decision) -> Iterator[Choice]:
     task, found = decision.task, decision.found
-    if task.servable or task.facts.device == "cpu":
+    if not task.may_have_slots:
         return
     slots = found.layout.slots
     if not slots:

@@ -16,10 +16,10 @@ from hybrid.widths import kv_bytes_per_token
 from offload.config import ExpertFormat
 from placement.document import DocumentError
 from placement.hardware import Hardware, fingerprint
-from placement.ledger import ITEM_BYTES
-from placement.plan import Plan, check_fresh, read_plan
+from placement.plan import Plan, check_fresh, check_slots, read_plan
 from placement.probe import find_hardware
 from placement.profile import Profile, read_profile
+from placement.tensor_bytes import ITEM_BYTES
 from server.options import SettingsError
 from server.settings import ExpertTarget, ServerSettings
 
@@ -72,6 +72,7 @@ def load_plan(path: Path, model: ModelConfig, hardware: Hardware) -> Plan:
             f"{path}: the plan needs {', '.join(plan.lacking)}, which this version does not run; make one with "
             "`hybrid plan --servable`"
         )
+    check_slots(path, plan, model)
     if plan.settings.max_model_len > model.max_position_embeddings:
         raise DocumentError(
             f"{path}: settings.max_model_len: the model allows at most {model.max_position_embeddings} tokens"

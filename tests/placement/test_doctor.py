@@ -14,8 +14,9 @@ from offload.topology import find_topology
 from placement import doctor, trial
 from placement.checks import Finding
 from placement.diagnosis import TINY, WAITING, Phase, Report, text, to_json
-from placement.ledger import HOST_RESERVE, expert_bytes, weight_bytes
+from placement.ledger import HOST_RESERVE
 from placement.measure_timing import Effort, Sizes
+from placement.tensor_bytes import expert_bytes, weight_bytes
 from tests import families
 
 SMALL = Sizes(

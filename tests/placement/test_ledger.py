@@ -21,18 +21,17 @@ from placement.ledger import (
     Layout,
     PlacementError,
     Wishes,
-    expert_bytes,
     fit,
     host_buffer_bytes,
     human,
     layout_of,
     place,
     room,
-    weight_bytes,
     weight_choices,
     workspace_bytes,
 )
 from placement.plan import WeightDtype
+from placement.tensor_bytes import expert_bytes, weight_bytes
 from tests.reference.k25 import K25
 from tests.reference.k25 import K25_TEXT as K25_TEXT  # where other tests look for it
 

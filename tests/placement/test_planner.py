@@ -219,10 +219,11 @@ def test_a_slow_cpu_wants_experts_in_vram_and_kv_in_ram() -> None:
 
 
 def test_servable_is_what_place_says_today() -> None:
+    """Where nothing says that experts in VRAM would pay."""
     for profile in (box(LARGE), cpu_box()):
         facts = facts_from(profile)
         wishes = Wishes("bfloat16" if facts.device == "cuda" else "float32", "native", None, 64, 512)
-        made = make_plan(K25, facts, profile, LATENCY, wishes, UNIFORM, True)
+        made = make_plan(K25, facts, None, LATENCY, wishes, UNIFORM, True)
         today = place(K25, facts, wishes)
         assert made.needs == made.lacking == ()
         assert (made.settings.pages_on_device, made.settings.max_model_len) == (today.n_pages, today.max_model_len)
@@ -255,9 +256,16 @@ def test_narrow_kv_holds_twice_as_much_and_is_read_in_half_the_bytes() -> None:
     assert size == narrow.settings.pages_on_device * 16 * 61 * 584
 
 
+def test_servable_plans_have_experts_in_vram_where_they_pay() -> None:
+    made = plan(box(LARGE), servable=True)
+    assert sum(made.settings.slots) > 1000 and made.lacking == () and "experts in VRAM" in made.needs
+    assert not made.settings.experts_leave_ram
+    assert "batch 1 decodes" in reason(made, "experts in VRAM")
+
+
 def test_servable_serves_as_many_as_the_goal_wants_and_the_pages_hold() -> None:
     made = plan(box(LARGE), Goal("throughput", 8192, 100), servable=True)
-    assert made.settings.max_running == 100 and made.needs == ()
+    assert made.settings.max_running == 100 and made.lacking == ()
     assert made.prediction is not None and made.prediction.decode[-1].size == 100
     long = plan(box(LARGE), Goal("throughput", 32768, 100), servable=True)
     held = 16 * long.settings.pages_on_device // 32768
@@ -353,7 +361,7 @@ def test_servable_without_ram_names_the_packed_file() -> None:
     with pytest.raises(DoesNotFit, match=r"this fits: `hybrid pack MODEL`") as caught:
         plan(box(LARGE, 500), servable=True)
     nearest = caught.value.nearest
-    assert nearest is not None and nearest.settings.experts_mapped and nearest.needs == ()
+    assert nearest is not None and nearest.settings.experts_mapped and nearest.lacking == ()
     assert nearest.notes[0].startswith(
         "the nearest plan that fits: experts mapped from the file of `hybrid pack MODEL`"
     )

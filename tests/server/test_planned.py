@@ -77,10 +77,7 @@ def test_a_stale_plan(tmp_path: Path, model: ModelConfig, hardware: Hardware) ->
 @pytest.mark.parametrize(
     ("settings", "ability"),
     [
-        ({"slots": (0, 4)}, "experts in VRAM"),
         ({"experts_leave_ram": True}, "experts leaving RAM"),
-        ({"ring": 1000}, "streaming prefill"),
-        ({"stream_from_rows": 6.0}, "streaming prefill"),
         ({"pages_in_ram": 5}, "KV streamed from RAM"),
     ],
 )
@@ -94,10 +91,18 @@ def test_what_the_engine_does_not_do_is_refused(
     )
 
 
+def test_slots_of_another_model_are_refused(tmp_path: Path, model: ModelConfig, hardware: Hardware) -> None:
+    path = tmp_path / "plan.yaml"
+    write_plan(path, plans.plan(model, hardware, slots=(0, 4)))
+    assert "settings.slots: expected none, or one for each of 3 MoE layers" in refusal(path, model, hardware)
+    write_plan(path, plans.plan(model, hardware, slots=(0, 4, 1)))
+    assert load_plan(path, model, hardware).settings.slots == (0, 4, 1)
+
+
 def test_all_that_is_lacking_is_named(tmp_path: Path, model: ModelConfig, hardware: Hardware) -> None:
     path = tmp_path / "plan.yaml"
-    write_plan(path, plans.plan(model, hardware, slots=(1,), ring=1))
-    assert "the plan needs experts in VRAM, streaming prefill, which" in refusal(path, model, hardware)
+    write_plan(path, plans.plan(model, hardware, experts_leave_ram=True, embedding_in_ram=True))
+    assert "the plan needs embedding in RAM, experts leaving RAM, which" in refusal(path, model, hardware)
 
 
 def test_experts_that_cannot_be_made(tmp_path: Path, model: ModelConfig, hardware: Hardware) -> None:
