@@ -164,15 +164,16 @@ def _pages(decision: Decision, settings: Settings) -> Choice:
     value = f"{settings.pages_on_device} pages on the device, {human(settings.pages_on_device * page)}"
     if settings.pages_in_ram:
         value += f", and {settings.pages_in_ram} in RAM"
-    if settings.pages_kept:
-        value += f"; {settings.pages_kept} in RAM for requests that wait, {human(settings.pages_kept * page)}"
     needed = cached_tokens(task.goal, task.goal.concurrency)
+    kept = f"; RAM keeps {settings.pages_kept}, {human(settings.pages_kept * page)}, for requests that wait"
+    if not settings.pages_kept:
+        kept = ""
     if task.wishes.kv_bytes is not None:
-        return Choice("KV pages", value, "as asked")
+        return Choice("KV pages", value, f"as asked{kept}")
     reason = f"{cache.tokens} tokens; the goal needs {needed}"
     if settings.pages_in_ram:
         reason += f", and the link brings those in RAM layer by layer ({human(settings.pages_in_ram * page)} a step)"
-    return Choice("KV pages", value, reason)
+    return Choice("KV pages", value, reason + kept)
 
 
 def _embedding(decision: Decision) -> Iterator[Choice]:

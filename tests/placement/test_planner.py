@@ -397,7 +397,7 @@ def test_wishes_that_stand_in_the_way_are_dropped_one_by_one() -> None:
 
 
 def test_kv_memory_is_kept_and_experts_take_the_rest() -> None:
-    made = plan(box(TWO), kv_bytes=10**9)
+    made = plan(box(TWO), kv_bytes=10**9, kv_ram=0)
     assert made.settings.pages_on_device == 10**9 // (16 * 70272)
     left = next(line.size for line in made.ledger if (line.where, line.what) == ("device", UNUSED))
     assert left < EXPERT + 16 * 70272
