@@ -73,4 +73,4 @@ def makespans(rates: StreamRates, rows: Integers, n_ready: int, busy: float) -> 
     reading = (len(rows) - n_ready) * rates.read
     host = np.where(uploads > 0, np.maximum(rest * rates.beside_copies, reading), rest)
     starts = np.maximum.accumulate(np.append(busy, uploads[1:] * rates.upload - products[:-1]))
-    return np.maximum(host, products + starts)
+    return np.asarray(np.maximum(host, products + starts))
