@@ -77,7 +77,8 @@ class Engine:
         self._checkpoint = Checkpoint(config.model)
         choose_isa(config.pool.isa)  # a tier that cannot run is refused before anything is read
         topology = find_topology(config.pool.threads)
-        wanted = "numba" if config.experts == "auto" and any(config.vram_slots) else config.experts
+        on_device = any(config.vram_slots) or config.ring_bytes  # which kt-kernel cannot feed
+        wanted = "numba" if config.experts == "auto" and on_device else config.experts
         backend, line = choose(wanted, self._published(), config.expert_format, config.pool, topology)
         self._config = replace(config, experts=backend)
         if line:

@@ -7,13 +7,15 @@ from typing import Any
 import pytest
 
 from hybrid.config import ModelConfig
+from offload.stream_split import StreamRates
 from placement.document import DocumentError
+from placement.facts import Facts
 from placement.hardware import Hardware
-from placement.ledger import ROUTED
+from placement.ledger import ROUTED, Wishes
 from placement.plan import Ability, Line, write_plan
 from placement.probe import find_hardware
 from placement.profile import write_profile
-from server.engine_builder import _expert_ram
+from server.engine_builder import _engine_config, _expert_ram, _still_fits
 from server.options import SETTLED, SettingsError
 from server.planned import check_files, load_plan, load_rates, with_plan
 from server.settings import ServerSettings
@@ -109,6 +111,22 @@ def test_experts_that_cannot_be_made(tmp_path: Path, model: ModelConfig, hardwar
     path = tmp_path / "plan.yaml"
     write_plan(path, plans.plan(model, hardware, expert_format="bf16"))
     assert "settings.expert_format: bf16 experts cannot be made of this model's int4" in refusal(path, model, hardware)
+
+
+def test_a_ring_reaches_the_engine_and_its_bytes_the_ledger(
+    tmp_path: Path, model: ModelConfig, hardware: Hardware
+) -> None:
+    one, gib = model.expert_geometry.expert_bytes("int4"), 2**30
+    rates = StreamRates(1.0, 0.1, (1.0,), (0.2,), 0.2, 0.0, 0.0)
+    for ring in (0, 4 * one):
+        plan = plans.plan(model, hardware, device="cuda", weights="bfloat16", ring=ring)
+        settings = with_plan(ServerSettings(model=tmp_path), plan, model)
+        config = _engine_config(settings, plan, rates if ring else None)
+        assert (config.ring_bytes, config.stream_rates) == (ring, rates if ring else None)
+        wishes = Wishes("bfloat16", max_model_len=200, kv_bytes=settings.kv_memory, page_size=8)
+        facts = Facts("cuda", "GPU", 8 * gib, 7 * gib, 8 * gib, 7 * gib)
+        placement = _still_fits(plan, model, facts, wishes, tmp_path)
+        assert [entry.n_bytes for entry in placement.entries if entry.what.startswith("ring")] == [ring] * bool(ring)
 
 
 def test_requests_longer_than_the_model_allows(tmp_path: Path, model: ModelConfig, hardware: Hardware) -> None:
