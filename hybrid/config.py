@@ -243,7 +243,9 @@ class EngineConfig:
     `expert_ram` bytes are for experts that a packed file holds; None takes what is free when they are opened, less the
     cache and HOST_RESERVE.
     `ping_pong` runs steps as two halves that take turns at the device and the experts: "auto" where trying shows that
-    it pays, "on" wherever there are two rows.
+    it pays, "on" wherever there are two rows. `handoff` lets the device release the expert workers by a flag instead of
+    being waited for: None does so on cuda. `warm` lets idle workers read likely experts into the processor's cache.
+    `graphs` replays the device's part of decode steps from CUDA graphs, on cuda.
     """
 
     model: Path
@@ -257,6 +259,9 @@ class EngineConfig:
     experts: Literal["numba", "kt", "auto"] = "numba"
     expert_ram: int | None = None
     ping_pong: Literal["off", "auto", "on"] = "off"
+    handoff: bool | None = None
+    warm: bool = False
+    graphs: bool = False
 
 
 def is_router(name: str) -> bool:

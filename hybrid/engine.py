@@ -16,10 +16,12 @@ from hybrid.batch import Batch, Row, RowOutput, StepOutput, TokenLogprob
 from hybrid.config import LOGIT_ROWS, ConfigError, EngineConfig, ModelConfig
 from hybrid.inputs import check_rows, row_starts, upload
 from hybrid.kv import allocate
+from hybrid.lanes import Lane
 from hybrid.model import build_model
 from hybrid.moe import Watch
 from hybrid.ping_pong import Mode, PingPong
 from hybrid.sampler import sample_rows, score
+from hybrid.segments import CaptureError, Segments
 from hybrid.weights import load_weights
 from offload.backends import Backend, BackendError, choose
 from offload.checkpoint import Checkpoint
@@ -31,6 +33,7 @@ from offload.pool import PoolError
 from offload.ram import ram
 from offload.store import open_store
 from offload.topology import Topology, find_topology
+from offload.warming import WarmStats
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -80,6 +83,8 @@ class Engine:
         self._transformer = build_model(self.model, self._tensors, self._experts, config.mla, watch)
         self._cache = allocate(self.model, config.n_pages, config.page_size, dtype, self._device)
         self._ping_pong = PingPong(config.ping_pong)
+        self._notice = notice
+        self._segments = self._new_segments()
 
     def step(self, batch: Batch) -> StepOutput:
         """Compute the new ids of every row, fill their cache pages, and answer each row in the batch's order."""
@@ -88,8 +93,7 @@ class Engine:
         before = self._experts.stats()
         with torch.inference_mode():
             parts = self._ping_pong.parts(batch)
-            inputs = [upload(part, self._config.page_size, self._device) for part in parts]
-            hidden = self._transformer.hidden(inputs, self._cache)  # (T, D)
+            hidden = self._hidden(parts)  # (T, D)
             rows = self._answer(batch.rows, hidden)
         after = self._experts.stats()
         seconds = time.perf_counter() - began
@@ -114,6 +118,10 @@ class Engine:
         """What the routed experts did since the start."""
         return self._experts.stats()
 
+    def warming(self) -> WarmStats | None:
+        """What idle expert workers read into their caches; None where they do not."""
+        return self._experts.warming() if isinstance(self._experts, Experts) else None
+
     def use_pool(self, pool: PoolConfig) -> None:
         """Run the loaded experts with other threads, instructions or precision from now on. Nothing is read again.
 
@@ -124,6 +132,7 @@ class Engine:
             raise BackendError("kt-kernel's threads are settled when it loads: start again with --experts numba")
         self._experts = self._experts.with_pool(pool, find_topology(pool.threads))
         self._transformer = build_model(self.model, self._tensors, self._experts, self._config.mla, self._watch)
+        self._segments = self._new_segments()
         self._config = replace(self._config, pool=pool)
 
     def use_ping_pong(self, mode: Mode) -> None:
@@ -140,6 +149,28 @@ class Engine:
         """Stop the expert workers and let go of their memory."""
         self._experts.close()
         self._checkpoint.close()
+
+    def _new_segments(self) -> Segments | None:
+        """What replays decode steps from CUDA graphs, where asked for and possible."""
+        if not self._config.graphs or self._device.type != "cuda":
+            return None
+        if self._watch is not None:
+            self._notice("CUDA graphs are off: a record of the routing sees every layer's tokens as they run")
+            return None
+        return Segments(self._transformer, self._cache, self._notice)
+
+    def _hidden(self, parts: Sequence[Batch]) -> torch.Tensor:
+        """The residual stream of all new ids, (T, D), in the batch's order."""
+        while True:
+            try:
+                return self._transformer.hidden([self._lane(i, part) for i, part in enumerate(parts)])
+            except CaptureError as error:  # a step may be taken again: it writes the same to the same places
+                assert self._segments is not None, "it has captured"
+                self._segments.refuse(error)
+
+    def _lane(self, half: int, part: Batch) -> Lane:
+        captured = self._segments.lane(half, part.rows) if self._segments is not None else None
+        return captured or self._transformer.lane(upload(part, self._config.page_size, self._device), self._cache)
 
     def _published(self) -> Published:
         model = self.model
@@ -170,7 +201,8 @@ class Engine:
         for line in store.notices:
             notice(line)
         progress("compiling expert kernels, or loading them from the cache", 0, 0)
-        return Experts(store, config.pool, topology)
+        hands_over = config.handoff if config.handoff is not None else self._device.type == "cuda"
+        return Experts(store, config.pool, topology, self._device if hands_over else None, config.warm)
 
     def _expert_ram(self) -> int:
         """Bytes of RAM for the experts of a packed file."""

@@ -19,7 +19,7 @@ from hybrid.inputs import StepInputs
 from hybrid.kv import LatentCache
 from hybrid.layers import Mlp, rms_norm
 from hybrid.mla import Attention
-from hybrid.moe import Moe, Routed, Running
+from hybrid.moe import Moe, Pending, Routed
 from hybrid.rope import Rope
 
 
@@ -33,6 +33,9 @@ class Block:
     mlp: Mlp | Moe
 
 
+Update = tuple[torch.Tensor, torch.Tensor]  # what a layer's routed experts and its shared expert add, (T, D) each
+
+
 class Lane:
     """One half's tokens on their way, or all of them."""
 
@@ -41,35 +44,60 @@ class Lane:
         self._inputs, self._cache, self._rope, self._eps = inputs, cache, rope, eps
         self._table = rope.table(inputs.positions)  # 2 x (T, R/2)
         self._routed: Routed | None = None
-        self._running: Running | None = None
-        self._update: torch.Tensor | None = None  # collected, not yet added
+        self._pending: Pending | None = None
+        self._shared: torch.Tensor | None = None
+        self._update: Update | None = None  # collected, not yet added
+
+    @property
+    def result(self) -> torch.Tensor:
+        """The residual stream of the lane's tokens."""
+        return self.x
 
     def attend(self, block: Block) -> None:
         """What the block has on the device before its routed experts."""
-        self.settle()
-        normed = rms_norm(self.x, block.attention_norm, self._eps)
-        self.x = self.x + block.attention(normed, self._inputs, self._cache, self._rope, self._table)
-        normed = rms_norm(self.x, block.mlp_norm, self._eps)
+        self.collect()
+        self.x, normed = self.before(block, self.x, self._update)
+        self._update = None
         if isinstance(block.mlp, Moe):
             self._routed = block.mlp.route(normed)
-        else:
-            self.x = self.x + block.mlp(normed)
 
     def hand_over(self) -> None:
         """Start the routed experts, if the block has any, and the shared expert beside them."""
         if self._routed is not None:
-            self._running, self._routed = self._routed.start(), None
+            routed, self._routed = self._routed, None
+            self._pending = routed.submit()
+            self._shared = routed.moe.shared(routed.x)
 
     def collect(self) -> None:
         """Wait for the routed experts, which are free for another lane afterwards."""
-        if self._running is not None:
-            self._update, self._running = self._running.wait(), None
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            routed = pending.wait()
+            assert self._shared is not None, "computed while the experts ran"
+            self._update = routed, self._shared
 
     def settle(self) -> None:
         """Add what the last block's experts said."""
         self.collect()
         if self._update is not None:
-            self.x, self._update = self.x + self._update, None
+            self.x, self._update = added(self.x, self._update), None
+
+    def before(self, block: Block, x: torch.Tensor, update: Update | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """The residual stream (T, D) with attention, or the whole of a dense block, and the input of the experts.
+
+        Reads its arguments and the lane's inputs, writes the cache, and may be run again.
+        """
+        x = x if update is None else added(x, update)
+        normed = rms_norm(x, block.attention_norm, self._eps)
+        x = x + block.attention(normed, self._inputs, self._cache, self._rope, self._table)
+        normed = rms_norm(x, block.mlp_norm, self._eps)
+        return (x, normed) if isinstance(block.mlp, Moe) else (x + block.mlp(normed), normed)
+
+
+def added(x: torch.Tensor, update: Update) -> torch.Tensor:
+    """The residual stream with what a layer's experts said."""
+    routed, shared = update
+    return x + (routed + shared)
 
 
 def run(blocks: Sequence[Block], lanes: Sequence[Lane]) -> None:

@@ -33,14 +33,21 @@ class Transformer:
     norm: torch.Tensor  # (D,)
     head: torch.Tensor  # (vocabulary, D)
 
-    def hidden(self, parts: Sequence[StepInputs], cache: LatentCache) -> torch.Tensor:
+    def lane(self, inputs: StepInputs, cache: LatentCache) -> Lane:
+        """A step's new ids, or half of them, at the start of their way; `hidden` takes them on."""
+        return Lane(self.embedded(inputs.ids), inputs, cache, self.rope, self.eps)
+
+    def embedded(self, ids: torch.Tensor) -> torch.Tensor:
+        """(T,) to (T, D)."""
+        return embedding(ids, self.embed)
+
+    def hidden(self, lanes: Sequence[Lane]) -> torch.Tensor:
         """The residual stream after the last block, (T, D); the new ids' latents are in the cache afterwards.
 
-        Two parts of a step take turns at the device and the routed experts (`hybrid.lanes`).
+        Two lanes take turns at the device and the routed experts.
         """
-        lanes = [Lane(embedding(part.ids, self.embed), part, cache, self.rope, self.eps) for part in parts]
         run(self.blocks, lanes)
-        return lanes[0].x if len(lanes) == 1 else torch.cat([lane.x for lane in lanes])
+        return lanes[0].result if len(lanes) == 1 else torch.cat([lane.result for lane in lanes])
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """(N, D) to (N, vocabulary) float32."""
