@@ -5,8 +5,9 @@ are: ids, positions, pages, the experts' sums. Its device parts are the very fun
 and are captured when the shape is first needed, each compared once with what it gave eagerly. A shape that cannot be
 captured, or whose replay differs, runs eagerly from then on, with the reason counted and said once.
 
-Rows are filled up to the shape by repeating the last one: it writes the same values to the same place of the cache,
-and its experts are masked, so the CPU does not see it. Knows no requests. Called by `hybrid.engine`.
+Rows are filled up to the shape by repeating the last one. The CPU does not see the repeated ones: their experts are
+masked, and they are given the last row's sum, so that they go on writing what it writes to its place of the cache.
+Knows no requests. Called by `hybrid.engine`.
 """
 
 from collections import Counter
@@ -67,10 +68,11 @@ class StaticInputs:
 
     def __init__(self, rows: int, pages: int, page_size: int, device: torch.device) -> None:
         self.rows, self.pages, self._page_size = rows, pages, page_size
-        self._block = torch.zeros(rows * (5 + pages), dtype=torch.int64, device=device)
-        ids, positions, slots, tokens, real, table = torch.split(self._block, [rows] * 5 + [rows * pages])
-        self.real = real[:, None] != 0  # (B, 1): not a repeated row; computed anew in `fill`
-        self._real = real
+        self._block = torch.zeros(rows * (6 + pages), dtype=torch.int64, device=device)
+        ids, positions, slots, tokens, self.source, real, table = torch.split(
+            self._block, [rows] * 6 + [rows * pages]
+        )  # source (B,): the row itself, or the one that it repeats
+        self._real, self.real = real, real[:, None] != 0  # (B, 1): not a repeated row
         group = Group(tokens[:, None], positions[:, None], table.view(rows, pages), pages * page_size, 0)
         self.step = StepInputs(ids, positions, slots, (group,))
 
@@ -85,6 +87,7 @@ class StaticInputs:
             np.array([row.position for row in padded]),
             np.concatenate([slots_of(row, self._page_size) for row in padded]),
             np.arange(self.rows),
+            np.minimum(np.arange(self.rows), len(rows) - 1),
             np.arange(self.rows) < len(rows),
             table.ravel(),
         ]
@@ -152,7 +155,7 @@ class CapturedLane(Lane):
         """Wait for the experts; their sum goes where the next part reads it."""
         super().collect()
         if self._update is not None and self._update[0] is not self._sum:
-            self._update = self._sum.copy_(self._update[0]), self._update[1]
+            self._update = self._sum.copy_(self._update[0][self._static.source]), self._update[1]
 
     def settle(self) -> None:
         """Add what the last block's experts said."""
