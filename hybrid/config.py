@@ -24,6 +24,7 @@ MODEL_TYPES: tuple[ModelType, ...] = ("kimi_k25", "kimi_k2", "deepseek_v3", "dee
 # What exists at once in a step. The engine computes in these sizes and the ledger of bytes counts with them.
 KEY_BLOCK = 2048  # keys expanded: 134 MB of float32 keys and values at 64 heads of 128 + 128
 QUERY_BLOCK = 128  # queries scored: 67 MB of float32 scores at 64 heads
+PIECE_TOKENS = 2048  # new ids in a layer, but for its routed experts: 226 MB of bf16 in a dense MLP of 3 x 18,432
 LOGIT_ROWS = 256  # positions with logits: 168 MB of float32 at 163,840 words
 
 KIMI_STOP_NAMES = ("[EOS]", "<|im_end|>")
@@ -246,6 +247,8 @@ class EngineConfig:
     it pays, "on" wherever there are two rows. `handoff` lets the device release the expert workers by a flag instead of
     being waited for: None does so on cuda. `warm` lets idle workers read likely experts into the processor's cache.
     `graphs` replays the device's part of decode steps from CUDA graphs, on cuda.
+    it pays, "on" wherever there are two rows.
+    `vram_slots` are experts of each MoE layer that lie on the device as well; () for none anywhere.
     """
 
     model: Path
@@ -262,6 +265,7 @@ class EngineConfig:
     handoff: bool | None = None
     warm: bool = False
     graphs: bool = False
+    vram_slots: tuple[int, ...] = ()
 
 
 def is_router(name: str) -> bool:

@@ -6,15 +6,16 @@ with its own number of threads (`torch.set_num_threads` is the caller's to set);
 Called by the engine process, by benches and by tests.
 """
 
+import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
 
 from hybrid.batch import Batch, Row, RowOutput, StepOutput, TokenLogprob
 from hybrid.config import LOGIT_ROWS, ConfigError, EngineConfig, ModelConfig
-from hybrid.inputs import check_rows, row_starts, upload
+from hybrid.inputs import check_rows, in_pieces, row_starts, upload
 from hybrid.kv import allocate
 from hybrid.lanes import Lane
 from hybrid.model import build_model
@@ -31,8 +32,10 @@ from offload.isa import choose as choose_isa
 from offload.kt import INSTALL, KtExperts, Published
 from offload.pool import PoolError
 from offload.ram import ram
+from offload.split import SplitExperts, with_vram
 from offload.store import open_store
 from offload.topology import Topology, find_topology
+from offload.vram import VramStats
 from offload.warming import WarmStats
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -82,7 +85,7 @@ class Engine:
         self._experts = self._open_experts(backend, topology, progress, notice)
         self._transformer = build_model(self.model, self._tensors, self._experts, config.mla, watch)
         self._cache = allocate(self.model, config.n_pages, config.page_size, dtype, self._device)
-        self._ping_pong = PingPong(config.ping_pong)
+        self._ping_pong = PingPong(config.ping_pong, notice)
         self._notice = notice
         self._segments = self._new_segments()
 
@@ -91,7 +94,7 @@ class Engine:
         began = time.perf_counter()
         check_rows(batch.rows, self._config.n_pages, self._config.page_size, self.model.vocab_size)
         before = self._experts.stats()
-        with torch.inference_mode():
+        with self._experts_within(batch), torch.inference_mode():
             parts = self._ping_pong.parts(batch)
             hidden = self._hidden(parts)  # (T, D)
             rows = self._answer(batch.rows, hidden)
@@ -110,6 +113,10 @@ class Engine:
         """As given, with the pool and the backend of the experts that are in use."""
         return self._config
 
+    def vram(self) -> VramStats | None:
+        """What the expert slots on the device did; None without any."""
+        return self._experts.vram() if isinstance(self._experts, SplitExperts) else None
+
     def choices(self) -> Choices:
         """How many tokens chose each routed expert since the start."""
         return self._experts.choices()
@@ -120,7 +127,7 @@ class Engine:
 
     def warming(self) -> WarmStats | None:
         """What idle expert workers read into their caches; None where they do not."""
-        return self._experts.warming() if isinstance(self._experts, Experts) else None
+        return None if isinstance(self._experts, KtExperts) else self._experts.warming()
 
     def use_pool(self, pool: PoolConfig) -> None:
         """Run the loaded experts with other threads, instructions or precision from now on. Nothing is read again.
@@ -137,7 +144,7 @@ class Engine:
 
     def use_ping_pong(self, mode: Mode) -> None:
         """Split steps from now on never, always, or where it pays."""
-        self._ping_pong = PingPong(mode)
+        self._ping_pong = PingPong(mode, self._notice)
         self._config = replace(self._config, ping_pong=mode)
 
     @property
@@ -145,10 +152,29 @@ class Engine:
         """Batch sizes whose steps were tried whole and in halves, and whether they run in halves now."""
         return self._ping_pong.choices
 
+    @property
+    def graphs(self) -> dict[str, int]:
+        """Halves of steps and whole ones by how their device part ran: "replayed" from graphs, else why not."""
+        return {} if self._segments is None else {"replayed": self._segments.replayed, **self._segments.eager}
+
     def close(self) -> None:
         """Stop the expert workers and let go of their memory."""
         self._experts.close()
         self._checkpoint.close()
+
+    @contextlib.contextmanager
+    def _experts_within(self, batch: Batch) -> Iterator[None]:
+        """One step: which experts lie in VRAM is settled meanwhile. Prompts do not teach which ones should."""
+        if not isinstance(self._experts, SplitExperts):
+            yield
+            return
+        teaches = False
+        self._experts.begin()
+        try:
+            yield
+            teaches = all(len(row.ids) == 1 for row in batch.rows)
+        finally:
+            self._experts.end(teaches)
 
     def _new_segments(self) -> Segments | None:
         """What replays decode steps from CUDA graphs, where asked for and possible."""
@@ -170,7 +196,10 @@ class Engine:
 
     def _lane(self, half: int, part: Batch) -> Lane:
         captured = self._segments.lane(half, part.rows) if self._segments is not None else None
-        return captured or self._transformer.lane(upload(part, self._config.page_size, self._device), self._cache)
+        if captured is not None:
+            return captured
+        pieces = [upload(piece, self._config.page_size, self._device) for piece in in_pieces(part)]
+        return self._transformer.lane(pieces, self._cache)
 
     def _published(self) -> Published:
         model = self.model
@@ -180,10 +209,12 @@ class Engine:
 
     def _open_experts(
         self, backend: Backend, topology: Topology, progress: Progress, notice: Notice
-    ) -> Experts | KtExperts:
-        """The routed experts, run by our kernels or by kt-kernel."""
+    ) -> Experts | SplitExperts | KtExperts:
+        """The routed experts, run by our kernels, and some by the device, or by kt-kernel."""
         config, model = self._config, self.model
         if backend == "kt":
+            if any(config.vram_slots):
+                raise ConfigError("vram_slots: kt-kernel runs all experts by itself; use --experts numba, or no slots")
             try:
                 return KtExperts(self._published(), topology, progress)
             except PoolError as error:
@@ -202,7 +233,10 @@ class Engine:
             notice(line)
         progress("compiling expert kernels, or loading them from the cache", 0, 0)
         hands_over = config.handoff if config.handoff is not None else self._device.type == "cuda"
-        return Experts(store, config.pool, topology, self._device if hands_over else None, config.warm)
+        experts = Experts(store, config.pool, topology, self._device if hands_over else None, config.warm)
+        if not any(config.vram_slots):
+            return experts
+        return with_vram(experts, store, config.vram_slots, DTYPES[config.dtype], self._device, notice)
 
     def _expert_ram(self) -> int:
         """Bytes of RAM for the experts of a packed file."""

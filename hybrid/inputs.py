@@ -4,13 +4,14 @@ Knows rows and pages, no model. Called by `hybrid.engine`; read by `hybrid.model
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from hybrid.batch import Batch, Row
+from hybrid.config import PIECE_TOKENS
 
 IntArray = npt.NDArray[np.int64]
 
@@ -66,6 +67,22 @@ def upload(batch: Batch, page_size: int, device: torch.device) -> StepInputs:
         for group in members
     ]
     return StepInputs(ids, where, into, tuple(groups))
+
+
+def in_pieces(batch: Batch) -> list[Batch]:
+    """The batch's new ids in order, PIECE_TOKENS at a time: a long row goes on in the next piece from where it was."""
+    pieces: list[list[Row]] = [[]]
+    room = PIECE_TOKENS
+    for row in batch.rows:
+        at = 0
+        while at < len(row.ids):
+            if not room:
+                pieces.append([])
+                room = PIECE_TOKENS
+            some = row.ids[at : at + room]
+            pieces[-1].append(row if len(some) == len(row.ids) else replace(row, ids=some, position=row.position + at))
+            at, room = at + len(some), room - len(some)
+    return [Batch(tuple(rows)) for rows in pieces]
 
 
 def check_rows(rows: Sequence[Row], n_pages: int, page_size: int, vocab_size: int) -> None:

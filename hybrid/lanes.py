@@ -17,7 +17,7 @@ import torch
 
 from hybrid.inputs import StepInputs
 from hybrid.kv import LatentCache
-from hybrid.layers import Mlp, rms_norm
+from hybrid.layers import Mlp, by_pieces, rms_norm
 from hybrid.mla import Attention
 from hybrid.moe import Moe, Pending, Routed
 from hybrid.rope import Rope
@@ -33,20 +33,23 @@ class Block:
     mlp: Mlp | Moe
 
 
-Update = tuple[torch.Tensor, torch.Tensor]  # what a layer's routed experts and its shared expert add, (T, D) each
-
-
 class Lane:
     """One half's tokens on their way, or all of them."""
 
-    def __init__(self, x: torch.Tensor, inputs: StepInputs, cache: LatentCache, rope: Rope, eps: float) -> None:
-        self.x = x  # (T, D), the residual stream
-        self._inputs, self._cache, self._rope, self._eps = inputs, cache, rope, eps
-        self._table = rope.table(inputs.positions)  # 2 x (T, R/2)
+    def __init__(
+        self, x: torch.Tensor, pieces: Sequence[StepInputs], cache: LatentCache, rope: Rope, eps: float
+    ) -> None:
+        """`pieces` are the lane's tokens in order, those of `x` (T, D): a layer takes a piece at a time, so that no
+        more than one has its queries or a dense MLP's inner values in memory. The routed experts take all at once."""
+        self.x = x  # the residual stream, changed in place
+        self._cache, self._rope, self._eps = cache, rope, eps
+        parts = torch.split(x, [len(piece.ids) for piece in pieces])
+        tables = [rope.table(piece.positions) for piece in pieces]  # 2 x (T, R/2) each
+        self._pieces = tuple(zip(parts, pieces, tables, strict=True))
         self._routed: Routed | None = None
         self._pending: Pending | None = None
-        self._shared: torch.Tensor | None = None
-        self._update: Update | None = None  # collected, not yet added
+        self._shared: torch.Tensor | None = None  # what the shared expert said while the others run
+        self._update: torch.Tensor | None = None  # collected, not yet added
 
     @property
     def result(self) -> torch.Tensor:
@@ -55,18 +58,21 @@ class Lane:
 
     def attend(self, block: Block) -> None:
         """What the block has on the device before its routed experts."""
-        self.collect()
-        self.x, normed = self.before(block, self.x, self._update)
-        self._update = None
+        self.settle()
+        inner = []
+        for part, piece, table in self._pieces:  # a piece's queries see the keys of those before it
+            x, normed = self.before(block, part, piece, table)
+            part.copy_(x)
+            inner.append(normed)
         if isinstance(block.mlp, Moe):
-            self._routed = block.mlp.route(normed)
+            self._routed = block.mlp.route(inner[0] if len(inner) == 1 else torch.cat(inner))
 
     def hand_over(self) -> None:
         """Start the routed experts, if the block has any, and the shared expert beside them."""
         if self._routed is not None:
             routed, self._routed = self._routed, None
             self._pending = routed.submit()
-            self._shared = routed.moe.shared(routed.x)
+            self._shared = by_pieces(routed.moe.shared, routed.x)
 
     def collect(self) -> None:
         """Wait for the routed experts, which are free for another lane afterwards."""
@@ -74,30 +80,25 @@ class Lane:
             pending, self._pending = self._pending, None
             routed = pending.wait()
             assert self._shared is not None, "computed while the experts ran"
-            self._update = routed, self._shared
+            self._update, self._shared = routed + self._shared, None
 
     def settle(self) -> None:
         """Add what the last block's experts said."""
         self.collect()
         if self._update is not None:
-            self.x, self._update = added(self.x, self._update), None
+            self.x += self._update
+            self._update = None
 
-    def before(self, block: Block, x: torch.Tensor, update: Update | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """The residual stream (T, D) with attention, or the whole of a dense block, and the input of the experts.
-
-        Reads its arguments and the lane's inputs, writes the cache, and may be run again.
+    def before(
+        self, block: Block, x: torch.Tensor, piece: StepInputs, table: tuple[torch.Tensor, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The residual stream (T, D) with attention, or with the whole of a dense block, and its last norm: what the
+        experts get. Reads its arguments, writes the cache, and may be run again.
         """
-        x = x if update is None else added(x, update)
         normed = rms_norm(x, block.attention_norm, self._eps)
-        x = x + block.attention(normed, self._inputs, self._cache, self._rope, self._table)
+        x = x + block.attention(normed, piece, self._cache, self._rope, table)
         normed = rms_norm(x, block.mlp_norm, self._eps)
         return (x, normed) if isinstance(block.mlp, Moe) else (x + block.mlp(normed), normed)
-
-
-def added(x: torch.Tensor, update: Update) -> torch.Tensor:
-    """The residual stream with what a layer's experts said."""
-    routed, shared = update
-    return x + (routed + shared)
 
 
 def run(blocks: Sequence[Block], lanes: Sequence[Lane]) -> None:

@@ -3,10 +3,13 @@
 Called by `hybrid.mla`, `hybrid.moe` and `hybrid.model`.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch.nn.functional import linear, silu
+
+from hybrid.config import PIECE_TOKENS
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -27,3 +30,9 @@ class Mlp:
         """(T, D) to (T, D)."""
         inner = silu(linear(x, self.gate)) * linear(x, self.up)  # (T, F)
         return linear(inner, self.down)  # (T, D)
+
+
+def by_pieces(layer: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    """layer(x), PIECE_TOKENS rows of x at a time."""
+    parts = torch.split(x, PIECE_TOKENS)
+    return layer(x) if len(parts) == 1 else torch.cat([layer(part) for part in parts])

@@ -33,9 +33,9 @@ class Transformer:
     norm: torch.Tensor  # (D,)
     head: torch.Tensor  # (vocabulary, D)
 
-    def lane(self, inputs: StepInputs, cache: LatentCache) -> Lane:
-        """A step's new ids, or half of them, at the start of their way; `hidden` takes them on."""
-        return Lane(self.embedded(inputs.ids), inputs, cache, self.rope, self.eps)
+    def lane(self, pieces: Sequence[StepInputs], cache: LatentCache) -> Lane:
+        """A step's new ids in pieces, or those of one half, at the start of their way; `hidden` takes them on."""
+        return Lane(self.embedded(torch.cat([piece.ids for piece in pieces])), pieces, cache, self.rope, self.eps)
 
     def embedded(self, ids: torch.Tensor) -> torch.Tensor:
         """(T,) to (T, D)."""

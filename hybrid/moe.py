@@ -11,7 +11,7 @@ import torch
 from torch.nn.functional import linear
 
 from hybrid.config import ModelConfig
-from hybrid.layers import Mlp
+from hybrid.layers import Mlp, by_pieces
 
 NO_EXPERT = -1  # an id: this token does without
 
@@ -47,7 +47,7 @@ class Router:
 
     def __call__(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """ids (T, K) int64 and weights (T, K) float32 for x (T, D)."""
-        scores = self.scores(x)
+        scores = by_pieces(self.scores, x)
         ids = self.choice(scores).topk(self.config.num_experts_per_tok, -1, sorted=False).indices  # (T, K)
         weights = scores.gather(-1, ids)  # (T, K)
         if self.config.norm_topk_prob:
@@ -94,7 +94,7 @@ class Moe:
         """(T, D) to (T, D)."""
         routed = self.route(x)
         pending = routed.submit()
-        shared = self.shared(x)
+        shared = by_pieces(self.shared, x)
         return pending.wait() + shared
 
     def route(self, x: torch.Tensor) -> "Routed":
@@ -119,7 +119,8 @@ class Routed:
             moe.watch(moe, x, self.ids)
         if moe.following is not None and moe.experts.wants_hints:
             layer, router = moe.following
-            moe.experts.hint(layer, router.choice(router.scores(x)))  # this layer's input, the next layer's router
+            scores = by_pieces(router.scores, x)  # this layer's input, the next layer's router
+            moe.experts.hint(layer, router.choice(scores))
         return pending
 
 

@@ -21,7 +21,7 @@ import torch
 from hybrid.batch import Row
 from hybrid.inputs import GROUP_ROWS, Group, StepInputs, page_table, slots_of
 from hybrid.kv import LatentCache
-from hybrid.lanes import Block, Lane, added
+from hybrid.lanes import Block, Lane
 from hybrid.model import Transformer
 from hybrid.moe import NO_EXPERT, Moe, Routed
 
@@ -108,41 +108,41 @@ class CapturedLane(Lane):
 
     def __init__(self, inputs: StaticInputs, model: Transformer, cache: LatentCache, record: Recorder) -> None:
         """Captures nothing yet."""
-        hidden = model.embed.shape[1]
-        super().__init__(model.embed.new_zeros(inputs.rows, hidden), inputs.step, cache, model.rope, model.eps)
+        start = model.embed.new_zeros(inputs.rows, model.embed.shape[1])
+        super().__init__(start, [inputs.step], cache, model.rope, model.eps)
         self._static, self._model, self._record = inputs, model, record
-        self._sum = torch.zeros_like(self.x)  # what the experts said
+        self._table = self._pieces[0][2]
+        self._sum = torch.zeros_like(start)  # what the routed experts said
+        self._said: tuple[torch.Tensor, ...] = ()  # that and what the shared expert said, not yet added
         self._parts: list[Replayed] = []
         self._next = 0
         self._n_rows = 0
 
     def begin(self, rows: Sequence[Row]) -> None:
         """Start a step."""
+        step, model = self._static.step, self._model
         self._static.fill(rows)
         self._n_rows, self._next = len(rows), 0
-        self._routed = self._pending = self._update = None
-        self.x, *table = self._run(
-            lambda: (self._model.embedded(self._inputs.ids), *self._rope.table(self._inputs.positions))
-        )
+        self._routed, self._pending, self._said = None, None, ()
+        self.x, *table = self._run(lambda: (model.embedded(step.ids), *model.rope.table(step.positions)))
         self._table = table[0], table[1]
 
     def attend(self, block: Block) -> None:
         """As eagerly, in one launch."""
         self.collect()
-        into, update = self.x, self._update
-        self._update = None
-        if not isinstance(block.mlp, Moe):
-            (self.x,) = self._run(lambda: (self.before(block, into, update)[0],))
-            return
-        router = block.mlp.router
+        x, said, table = self.x, self._said, self._table
 
         def part() -> tuple[torch.Tensor, ...]:
-            x, normed = self.before(block, into, update)
-            ids, weights = router(normed)
-            return x, normed, ids.masked_fill(~self._static.real, NO_EXPERT), weights
+            after, normed = self.before(block, added(x, said), self._static.step, table)
+            if not isinstance(block.mlp, Moe):
+                return (after,)
+            ids, weights = block.mlp.router(normed)
+            return after, normed, ids.masked_fill(~self._static.real, NO_EXPERT), weights
 
-        self.x, normed, ids, weights = self._run(part)
-        self._routed = Routed(block.mlp, normed, ids, weights)
+        self.x, *routed = self._run(part)
+        self._said = ()
+        if isinstance(block.mlp, Moe):
+            self._routed = Routed(block.mlp, *routed)
 
     def hand_over(self) -> None:
         """Start the routed experts; the shared one is a part of its own beside them."""
@@ -153,17 +153,19 @@ class CapturedLane(Lane):
 
     def collect(self) -> None:
         """Wait for the experts; their sum goes where the next part reads it."""
-        super().collect()
-        if self._update is not None and self._update[0] is not self._sum:
-            self._update = self._sum.copy_(self._update[0][self._static.source]), self._update[1]
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            self._sum.copy_(pending.wait()[self._static.source])
+            assert self._shared is not None, "computed while the experts ran"
+            self._said = self._sum, self._shared
 
     def settle(self) -> None:
         """Add what the last block's experts said."""
         self.collect()
-        if self._update is not None:
-            into, update = self.x, self._update
-            (self.x,) = self._run(lambda: (added(into, update),))
-            self._update = None
+        if self._said:
+            x, said = self.x, self._said
+            (self.x,) = self._run(lambda: (added(x, said),))
+            self._said = ()
 
     @property
     def result(self) -> torch.Tensor:
@@ -233,6 +235,11 @@ class Segments:
         del self._lanes[shape]
         self._refused.add(shape)
         self._notice(f"decoding {shape[1]} rows over {shape[2]} pages runs without CUDA graphs: {error}")
+
+
+def added(x: torch.Tensor, said: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The residual stream with what a layer's experts said, if anything, in the order of an eager lane."""
+    return x + (said[0] + said[1]) if said else x
 
 
 def _alike(found: torch.Tensor, expected: torch.Tensor) -> bool:

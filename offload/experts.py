@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 
 from offload.config import PoolConfig
-from offload.handoff import Handoff, Sent
+from offload.handoff import Handoff, HostTokens
 from offload.isa import choose
 from offload.job import LayerJob
 from offload.kernels import grouping
@@ -55,22 +55,27 @@ class Choices(NamedTuple):
 class Pending:
     """A submitted layer."""
 
-    def __init__(self, experts: "Experts", result: torch.Tensor, like: torch.Tensor, sent: Sent | None) -> None:
-        self._experts = experts
-        self._result = result  # float32 (T, D) on the host, written by the workers
-        self._like = like
-        self._sent = sent  # what comes by the flag
+    def __init__(
+        self, experts: "Experts", tokens: HostTokens, like: torch.Tensor, staged: bool = False, sent: bool = False
+    ) -> None:
+        self._experts, self._tokens, self._like = experts, tokens, like
+        self._staged = staged  # the sum's buffer is used again
+        self._sent = sent  # the workers begin when the flag comes
         self._started = time.perf_counter()
 
     def wait(self) -> torch.Tensor:
         """Block until the sum is there: (T, D), in x's dtype, on x's device. Raises PoolError when a worker failed."""
-        self._experts._finish(self, self._started, self._sent)
-        like = self._like
-        if self._sent is not None:  # the staging buffer is used again
-            return torch.empty_like(self._result, device=like.device).copy_(self._result, True).to(like.dtype)
-        if like.device.type == "cpu" and like.dtype == torch.float32:
-            return self._result
-        return self._result.to(like.device, non_blocking=True).to(like.dtype)
+        return self.total().to(self._like.dtype)
+
+    def total(self) -> torch.Tensor:
+        """The same in float32, as it was added up."""
+        self._experts._finish(self, self._started, self._tokens if self._sent else None)
+        result, device = self._tokens.result, self._like.device
+        return (
+            torch.empty_like(result, device=device).copy_(result, non_blocking=True)
+            if self._staged
+            else result.to(device)
+        )
 
 
 class Experts:
@@ -102,14 +107,12 @@ class Experts:
         self._k = 0  # experts of a token, as last submitted
         self._pending: Pending | None = None
         self._late: object = None  # what a job reads that begins only when its experts have come
-        self._host: dict[str, torch.Tensor] = {}  # pinned staging, by role
         self._pool = WorkerPool(topology.places)
         nodes = np.array([place.node for place in topology.places], np.int64)
         self._job = LayerJob(store, self._kernels, nodes)
         self._seen = 0  # tokens, by the first layer
         self._lost = False  # the running layer was interrupted between two of its parts
-        by_flag = sender is not None and self._pager is None
-        self._handoff = Handoff(self._pool, sender, STUCK_SECONDS) if by_flag and sender is not None else None
+        self._handoff = None if sender is None else Handoff(self._pool, sender, STUCK_SECONDS)
         self._warmer = Warmer(self._job, shared_cache()) if warm and self._pager is None else None
 
     @property
@@ -130,37 +133,65 @@ class Experts:
         Raises ValueError for shapes or ids that do not fit (for a sender's ids only `wait` does) and RuntimeError while
         another layer is running.
         """
-        warming = self._warmer is not None and self._warmer.running
-        if self._pending is not None or (self._pool.busy and not warming):  # busy alone: a wait was interrupted
-            raise RuntimeError("a layer is running: wait for it before the next submit")
+        if self._pager is not None or not self._sends(x):
+            return self.start(layer, x, self.fetch(x, ids, weights))
+        self._ready(x, ids, weights)
+        assert self._handoff is not None, "a sender has one"
+        index, warming = self._find(layer), self._warmer is not None and self._warmer.running
+        tokens = self._handoff.send(x, ids, weights)
+        self._pool.reserve((self, tokens), after=warming)
+        stop_word = self._warmer.stop_word if self._warmer is not None and warming else 0
+        self._handoff.post(self._kernels.layer, self._job.grouping(index, *tokens), stop_word)
+        self._pending = Pending(self, tokens, x, staged=True, sent=True)
+        self._began(index, ids)
+        return self._pending
+
+    def fetch(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> HostTokens:
+        """The first half of `submit`: the tokens on the host, for a caller who looks at the ids before `start`."""
+        self._ready(x, ids, weights)
+        if self._handoff is not None and self._sends(x):
+            tokens = self._handoff.send(x, ids, weights)
+            self._handoff.arrive()
+            return tokens
+        return HostTokens(
+            x.detach().float().cpu().contiguous(),
+            ids.long().cpu().contiguous(),
+            weights.detach().float().cpu().contiguous(),
+            torch.empty(x.shape, dtype=torch.float32),
+        )
+
+    def start(self, layer: int, x: torch.Tensor, tokens: HostTokens) -> Pending:
+        """The second half: run what `fetch` made of x. The ids may be others by now."""
         index = self._find(layer)
-        self._check(x, ids, weights)
-        if self._handoff is not None and self._sender is not None and x.device.type == self._sender.type:
-            pending = self._send(self._handoff, index, x, ids, weights)
+        if self._warmer is not None:
+            self._warmer.stop(self._pool)
+        # A stuck worker may still read the job before this one.
+        if not self._pool.broken and self._job.begin(index, *tokens) == UNKNOWN_EXPERT:
+            self._check_ids(tokens.ids)
+        pending = Pending(self, tokens, x, staged=self._sends(x))
+        alive = self, tokens
+        if self._pager is None or self._pool.broken or self._pager.start(index, self._job.experts()):
+            self._pool.submit(self._kernels.layer, self._job.address, alive)
         else:
-            if self._warmer is not None:
-                self._warmer.stop(self._pool)
-            pending = self._start(index, x, ids, weights)
-            self._count()
-        self._pending, self._k = pending, ids.shape[1]
-        self._stats.layers_run += 1
-        self._stats.tokens += ids.shape[0]
-        self._stats.assignments += ids.numel()
-        self._seen += ids.shape[0] if index == 0 else 0
+            self._late = alive  # the disk is at work: `wait` goes on from here
+        self._pending = pending
+        self._began(index, tokens.ids)
+        self._count()
         return pending
 
-    def hint(self, layer: int, scores: torch.Tensor) -> None:
+    def hint(self, layer: int, scores: torch.Tensor, elsewhere: npt.NDArray[np.bool_] | None = None) -> None:
         """Say how well the layer's experts will probably fit the tokens: (T, E), -inf for those that are ruled out.
 
-        Where the experts are larger than RAM, those that lack are read before the layer's next submit.
+        Where the experts are larger than RAM, those that lack are read before the layer's next submit, but for those
+        that somebody else runs: `elsewhere` (E,).
         """
         index, n_experts = self._find(layer), self._store.geometry.n_experts
         if scores.ndim != 2 or scores.shape[1] != n_experts:
             raise ValueError(f"scores: expected (tokens, {n_experts}), got {tuple(scores.shape)}")
         if self._pager is not None and self._k:
-            self._pager.expect(index, scores, self._k)
+            self._pager.expect(index, scores, self._k, elsewhere)
         if self._warmer is not None and self._k:
-            self._warmer.expect(index, scores, self._k)
+            self._warmer.expect(index, scores, self._k, elsewhere)
 
     def stats(self) -> ExpertStats:
         """The counters as they are now."""
@@ -237,33 +268,18 @@ class Experts:
                 f"ids, weights: expected two ({x.shape[0]}, k), got {tuple(ids.shape)} and {tuple(weights.shape)}"
             )
 
-    def _start(self, index: int, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> Pending:
-        """Let the workers run the layer, with tokens that are here or waited for."""
-        values, chosen, shares = self._fetch(x, ids, weights)
-        result = self._staged("result", x, x.shape, torch.float32)
-        # A stuck worker may still read the job before this one.
-        if not self._pool.broken and self._job.begin(index, values, chosen, shares, result) == UNKNOWN_EXPERT:
-            self._check_ids(chosen)
-        pending = Pending(self, result, x, None)
-        alive = self, values, result
-        if self._pager is None or self._pool.broken or self._pager.start(index, self._job.experts()):
-            self._pool.submit(self._kernels.layer, self._job.address, alive)
-        else:
-            self._late = alive  # the disk is at work: `wait` goes on from here
-        return pending
+    def _sends(self, x: torch.Tensor) -> bool:
+        """True where x is on the device whose tokens come by the flag."""
+        return self._sender is not None and x.device.type == self._sender.type
 
-    def _send(self, handoff: Handoff, index: int, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> Pending:
-        """Enqueue the tokens' way to the host; the flag behind them lets the workers go."""
+    def _ready(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> None:
+        """Raises RuntimeError or ValueError where these tokens cannot be taken."""
         warming = self._warmer is not None and self._warmer.running
-        sent = handoff.send(x, ids, weights)
-        self._pool.reserve((self, sent), after=warming)
-        stop_word = self._warmer.stop_word if self._warmer is not None and warming else 0
-        handoff.post(
-            self._kernels.layer, self._job.grouping(index, sent.x, sent.ids, sent.weights, sent.result), stop_word
-        )
-        return Pending(self, sent.result, x, sent)
+        if self._pending is not None or (self._pool.busy and not warming):  # busy alone: a wait was interrupted
+            raise RuntimeError("a layer is running: wait for it before the next submit")
+        self._check(x, ids, weights)
 
-    def _handed(self, handoff: Handoff, sent: Sent) -> None:
+    def _handed(self, handoff: Handoff, sent: HostTokens) -> None:
         """Wait until the workers have a sent layer. Raises PoolError when it did not come, ValueError for its ids."""
         try:
             self._job.n_active = handoff.wait()
@@ -285,31 +301,7 @@ class Experts:
         else:
             self._pool.cancel()
 
-    def _fetch(
-        self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The three on the host, in the types that the workers read."""
-        sources = {"x": x.detach().float(), "ids": ids.long(), "weights": weights.detach().float()}
-        if x.device.type == "cpu":
-            host = {role: tensor.cpu().contiguous() for role, tensor in sources.items()}
-        else:
-            host = {role: self._staged(role, x, tensor.shape, tensor.dtype) for role, tensor in sources.items()}
-            for role, tensor in sources.items():
-                host[role].copy_(tensor, non_blocking=True)
-            # Also lets an earlier result leave its staging buffer before the workers write there again.
-            torch.cuda.current_stream(x.device).synchronize()
-        return host["x"], host["ids"], host["weights"]
-
-    def _staged(self, role: str, x: torch.Tensor, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
-        """A host tensor: new for a CPU caller, who keeps it; else a part of a pinned buffer that is used again."""
-        if x.device.type == "cpu":
-            return torch.empty(shape, dtype=dtype)
-        kept = self._host.get(role)
-        if kept is None or kept.numel() < shape.numel():
-            kept = self._host[role] = torch.empty(shape.numel(), dtype=dtype, pin_memory=True)
-        return kept[: shape.numel()].view(shape)
-
-    def _finish(self, pending: Pending, started: float, sent: Sent | None) -> None:
+    def _finish(self, pending: Pending, started: float, sent: HostTokens | None) -> None:
         if self._pending is not pending:
             raise RuntimeError("this layer was waited for already")
         waits = time.perf_counter()
@@ -349,6 +341,14 @@ class Experts:
             self._job.take_part(first, stop)
             self._pool.submit(self._kernels.layer, self._job.address, alive)
             self._pool.wait()
+
+    def _began(self, index: int, ids: torch.Tensor) -> None:
+        """Count a layer's tokens."""
+        self._stats.layers_run += 1
+        self._stats.tokens += ids.shape[0]
+        self._stats.assignments += ids.numel()
+        self._seen += ids.shape[0] if index == 0 else 0
+        self._k = ids.shape[1]
 
     def _count(self) -> None:
         """The experts of the job that was begun."""

@@ -14,7 +14,7 @@ no experts. Used by experts.py.
 """
 
 import threading
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -28,9 +28,8 @@ from offload.pool import PoolError, WorkerPool
 NAP_SECONDS = 2 * NAP * 1e-6  # as the kernel rounds it
 
 
-@dataclass(frozen=True, slots=True)
-class Sent:
-    """A layer's tokens on the host, there when the flag is."""
+class HostTokens(NamedTuple):
+    """A layer's tokens where the workers read them; of `send`, there when the flag is."""
 
     x: torch.Tensor  # (T, D) float32
     ids: torch.Tensor  # (T, K) int64
@@ -49,7 +48,7 @@ class Staging:
     def _host(self, n_bytes: int) -> torch.Tensor:
         return torch.empty(n_bytes, dtype=torch.uint8, pin_memory=self._pinned)
 
-    def send(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> Sent:
+    def send(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> HostTokens:
         """Enqueue the copies of x (T, D), ids and weights (T, K)."""
         n_ids, n_x, n_weights = 8 * ids.numel(), 4 * x.numel(), 4 * weights.numel()
         total = n_ids + n_x + n_weights
@@ -61,7 +60,7 @@ class Staging:
             part.copy_(source)
         self._here[:total].copy_(self._there[:total], non_blocking=True)
         here = self._split(self._here, (ids.shape, x.shape))
-        return Sent(here[1], here[0], here[2], self._sums[:n_x].view(torch.float32).view(x.shape))
+        return HostTokens(here[1], here[0], here[2], self._sums[:n_x].view(torch.float32).view(x.shape))
 
     @staticmethod
     def _split(memory: torch.Tensor, shapes: tuple[torch.Size, torch.Size]) -> tuple[torch.Tensor, ...]:
@@ -99,13 +98,18 @@ class Handoff:
     def _address(self) -> int:
         return self._board.ctypes.data
 
-    def send(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> Sent:
+    def send(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> HostTokens:
         """Enqueue a layer's way to the host, and the flag behind it."""
         sent = self._staging.send(x.detach(), ids, weights.detach())
         self._counter += 1
         self._flag.copy_(self._counter, non_blocking=True)
         self._sent += 1
         return sent
+
+    def arrive(self) -> None:
+        """Wait here until what was sent is there. Raises PoolError when it does not come."""
+        if not handoff.await_flag(self._flag.data_ptr(), self._sent, int(self._ticket["naps"])):
+            raise self._missing()
 
     def post(self, function: int, grouping: tuple[int, ...], warming: int) -> None:
         """Let the workers run the job when the flag comes. `grouping` is LayerJob.grouping's, `warming` the stop word
@@ -127,13 +131,16 @@ class Handoff:
             assert self._thread.is_alive(), "the thread ends only in close"
         answer = int(self._ticket["answer"])
         if answer == NEVER_CAME:
-            raise PoolError(
-                f"the device did not hand a layer over within {self._stuck_seconds:g} s: it is stuck, or an earlier "
-                "operation failed there"
-            )
+            raise self._missing()
         if answer == STUCK:
             raise PoolError("the expert workers did not leave off warming their caches")
         return answer
+
+    def _missing(self) -> PoolError:
+        return PoolError(
+            f"the device did not hand a layer over within {self._stuck_seconds:g} s: it is stuck, or an earlier "
+            "operation failed there"
+        )
 
     def close(self) -> None:
         """End the thread, after a ticket under way."""

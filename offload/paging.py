@@ -107,6 +107,8 @@ class Pager:
         self._flat = self.addresses.reshape(n_all, *experts.inside.shape)
         self._part = max(1, n_slots // 3)  # two parts and what is read ahead fit the slots together
         self._most_ahead = n_slots // 4
+        self._most_held = n_slots // 12
+        self._held: set[int] = set()  # read by others than kernels
         self._ahead: dict[int, Read] = {}  # experts being read before anybody waits
         self._vain: dict[int, Read] = {}  # likewise, cancelled: pieces may still arrive
         self._unused = np.zeros(n_all, np.bool_)  # read ahead and not run yet
@@ -167,6 +169,25 @@ class Pager:
             yield part
             self._slots.unlock(layer.held.pop(0))
 
+    def hold(self, layer: int, expert: int) -> bool:
+        """Let an expert stay in RAM until `release`, for somebody who reads it beside the layers; False where its
+        bytes are not all there, or where as many are held as leave room for a layer's parts and what is read ahead."""
+        number = layer * self._file.n_experts + expert
+        there = int(self._slots.find(np.array([number]))[0]) >= 0
+        if not there or len(self._held) >= self._most_held or number in self._held:
+            return False
+        if any(number in reads for reads in (self._ahead, self._vain, self._coming)):
+            return False
+        self._slots.lock([number])
+        self._held.add(number)
+        return True
+
+    def release(self, layer: int, expert: int) -> None:
+        """A held expert may give way again."""
+        number = layer * self._file.n_experts + expert
+        self._held.remove(number)
+        self._slots.unlock([number])
+
     def finish(self) -> None:
         """The layer has run, or will not: its experts may give way."""
         layer, self._layer = self._layer, None
@@ -176,9 +197,13 @@ class Pager:
         for held in layer.held:
             self._slots.unlock(held[self._slots.find(held) >= 0])
 
-    def expect(self, layer: int, scores: torch.Tensor, k: int) -> None:
-        """The layer's next run is likely to choose each token's best k by scores (T, E): read them ahead of use."""
-        numbers = layer * self._file.n_experts + ranked(scores, k)
+    def expect(self, layer: int, scores: torch.Tensor, k: int, elsewhere: npt.NDArray[np.bool_] | None = None) -> None:
+        """The layer's next run is likely to choose each token's best k by scores (T, E): read them ahead of use.
+
+        Not those that run `elsewhere` (E,), from other memory.
+        """
+        named = ranked(scores, k)
+        numbers = layer * self._file.n_experts + (named if elsewhere is None else named[~elsewhere[named]])
         self._hints[layer] = numbers
         self._slots.expect(numbers)
         if self.reads_ahead:

@@ -6,8 +6,7 @@
     table.apply(policy.decide())   # between steps: the uploads
 
 Slots belong to a layer: a shared pool smaller than one token's experts would never hit. Integers only; the bytes are
-moved by the caller, who uploads what `Move` says before the next step begins. Knows no models. Used by
-`placement.replay`.
+moved by the caller. Knows no models. Used by `offload.vram`, and by `placement.replay`, for which uploads take no time.
 """
 
 from collections.abc import Iterable, Sequence
@@ -27,12 +26,12 @@ EMPTY = -1  # in the list of slots: no expert is in it
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """Upload expert `into` of a layer to one of its slots, in place of expert `out` if there is one."""
+    """Expert `into` of a layer takes one of its slots, in place of expert `out` if there is one."""
 
     layer: int  # its place among the MoE layers
     slot: int  # of the layer, from 0
     out: int | None
-    into: int
+    into: int | None  # None: the slot becomes empty
 
 
 class SlotTable:
@@ -78,11 +77,14 @@ class SlotTable:
         where, held = self._where.copy(), [row.copy() for row in self._held]
         for move in moves:
             before = EMPTY if move.out is None else move.out
-            if held[move.layer][move.slot] != before or where[move.layer, move.into] != MISS:
+            taken = move.into is not None and where[move.layer, move.into] != MISS
+            if held[move.layer][move.slot] != before or taken:
                 raise ValueError(f"{move} does not fit the table")
             if move.out is not None:
                 where[move.layer, move.out] = MISS
-            where[move.layer, move.into], held[move.layer][move.slot] = move.slot, move.into
+            held[move.layer][move.slot] = EMPTY if move.into is None else move.into
+            if move.into is not None:
+                where[move.layer, move.into] = move.slot
         self._where[:], self._held = where, held
 
     def check(self) -> None:

@@ -51,6 +51,7 @@ class Warmer:
         self._record["n_pieces"] = int(cache_bytes * SHARE) // PIECE
         self._points: torch.Tensor | None = None  # (E,) of the layer to come, on the host once `_arrived`
         self._arrived: Any = None  # an EVENT
+        self._elsewhere: npt.NDArray[np.bool_] | None = None
         self._stats = WarmStats()
         self.running = False
 
@@ -59,8 +60,9 @@ class Warmer:
         """Address of what ends the job when it is not 0."""
         return self._record.ctypes.data
 
-    def expect(self, index: int, scores: torch.Tensor, k: int) -> None:
-        """The layer's next run will probably choose each token's best k by scores (T, E)."""
+    def expect(self, index: int, scores: torch.Tensor, k: int, elsewhere: npt.NDArray[np.bool_] | None = None) -> None:
+        """The layer's next run will probably choose each token's best k by scores (T, E); `elsewhere` (E,) are run by
+        others."""
         points = tally(scores, k)
         if points.device.type == "cuda":  # nobody waits for it: what has not come when the layer ends is not warmed
             self._points = torch.empty(points.shape, pin_memory=True).copy_(points, non_blocking=True)
@@ -68,6 +70,7 @@ class Warmer:
             self._arrived.record()
         else:
             self._points, self._arrived = points, None
+        self._elsewhere = elsewhere
         self._record["addresses"] = self._job.layer_addresses[index]
 
     def start(self, pool: WorkerPool) -> None:
@@ -75,7 +78,10 @@ class Warmer:
         points, self._points = self._points, None
         if points is None or not (self._arrived is None or self._arrived.query()):
             return
-        experts: npt.NDArray[np.int64] = np.ascontiguousarray(in_order(points))
+        experts = in_order(points)
+        if self._elsewhere is not None:
+            experts = experts[~self._elsewhere[experts]]
+        experts = np.ascontiguousarray(experts)
         self._record["stop"] = 0
         self._record["experts"], self._record["n_experts"] = experts.ctypes.data, len(experts)
         pool.submit(self._code.address, self.stop_word, (experts, self._record))

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from hybrid.config import KEY_BLOCK, LOGIT_ROWS, QUERY_BLOCK, ModelConfig, is_router
+from hybrid.config import KEY_BLOCK, LOGIT_ROWS, PIECE_TOKENS, QUERY_BLOCK, ModelConfig, is_router
 from offload.config import GROUP, ExpertFormat, Isa, Precision
 from placement.facts import Facts
 from placement.plan import WeightDtype
@@ -38,7 +38,6 @@ HOST_RESERVE = 512 * 2**20  # interpreter, torch, compiled kernels, the REST pro
 CPU_KV_SHARE = 0.5  # of what is left beside weights and experts: the rest of the machine lives there too
 CROWDED_KV_SHARE = 0.1  # likewise, where the mapped experts overflow RAM as it is
 ROUTED = "routed experts"  # how their lines begin, in every memory
-PIECE_TOKENS = 2048  # of a streamed pass, computed at a time inside a layer
 MAX_RUNNING, MAX_BATCH_TOKENS = 64, 512  # where nobody asks for others
 
 
@@ -213,15 +212,16 @@ def expert_bytes(model: ModelConfig, fmt: ExpertFormat) -> int:
 def workspace_bytes(model: ModelConfig, layout: Layout) -> int:
     """Estimate of what one step needs beside weights and pages: activations, attention blocks, logits.
 
-    The largest tensors of each part times the copies that live at once; the blocks are those of `hybrid.mla`. A pass
-    that streams experts goes through a layer in pieces and keeps only hidden states of all its tokens.
+    The largest tensors of each part times the copies that live at once; the blocks are those of `hybrid.mla`. A large
+    step goes through a layer in pieces: of all its tokens there are the residual stream, the routed experts' input and
+    sum (float32, so it counts twice), the shared expert's answer, and one that is being made.
     """
     item, heads = ITEM_BYTES[layout.weights], model.num_attention_heads
     head = model.qk_nope_head_dim + model.qk_rope_head_dim + model.v_head_dim
     inner = max(model.intermediate_size, model.moe_intermediate_size * model.n_shared_experts)
-    at_once = min(layout.max_batch_tokens, PIECE_TOKENS) if layout.ring_experts else layout.max_batch_tokens
+    at_once = min(layout.max_batch_tokens, PIECE_TOKENS)
     activations = at_once * (4 * model.hidden_size + 3 * inner + 3 * heads * head) * item
-    waiting = (layout.max_batch_tokens - at_once) * 2 * model.hidden_size * item
+    waiting = (layout.max_batch_tokens - at_once) * 6 * model.hidden_size * item
     keys = KEY_BLOCK * max(2 * heads * head, layout.max_running * model.latent_size) * item
     scores = 3 * 4 * max(QUERY_BLOCK, layout.max_running) * heads * KEY_BLOCK
     return activations + waiting + keys + scores + 3 * 4 * LOGIT_ROWS * model.vocab_size

@@ -145,6 +145,8 @@ def _as_loaded(plan: Plan, engine: "Engine") -> Plan:
 
 def _engine_config(settings: ServerSettings, plan: Plan) -> EngineConfig:
     chosen = plan.settings
+    # On the CPU the device's part and the experts share cores and memory: nothing to gain there (tests.bench.overlap).
+    overlaps = settings.overlap == "auto" and chosen.device == "cuda"
     return EngineConfig(
         model=settings.model,
         device=chosen.device,
@@ -155,6 +157,9 @@ def _engine_config(settings: ServerSettings, plan: Plan) -> EngineConfig:
         page_size=chosen.page_size,
         experts=settings.experts,
         expert_ram=_expert_ram(plan),
+        ping_pong="auto" if overlaps else "off",
+        handoff=overlaps,
+        graphs=overlaps,
     )
 
 

@@ -21,7 +21,7 @@ from hybrid.engine import Engine
 from hybrid.random_checkpoint import write_checkpoint
 from hybrid.trial_steps import pages_needed
 from offload.config import PoolConfig
-from tests import families
+from tests import families, gpu_overlap
 from tests.bench import machine
 from tests.bench.step import table
 from tests.bench.stepping import PAGE_SIZE, Stepper, checkpoint, mid_size_config, pages_for
@@ -50,9 +50,24 @@ def main() -> int:
     print(f"{name}, torch {torch.__version__}")
     with tempfile.TemporaryDirectory() as scratch:
         parity = [_parity(Path(scratch), family, given.against) for family in FAMILIES]
+        overlapped = gpu_overlap.parity(Path(scratch) / "Kimi-K2.5", given.against)
         steps = _timings(Path(scratch), given)
-    print(json.dumps({"bench": "gpu", "device": name, **machine.describe(), "parity": parity, "steps": steps}))
-    return 0 if all(result["passed"] for result in parity) else 1
+        mid_size = checkpoint(Path(scratch), mid_size_config(given.experts_gb))
+        ways = gpu_overlap.times(mid_size, given.against, "bfloat16" if given.against == "cuda" else "float32")
+    print(
+        json.dumps(
+            {
+                "bench": "gpu",
+                "device": name,
+                **machine.describe(),
+                "parity": parity,
+                "steps": steps,
+                "overlapped": overlapped,
+                "ways": ways,
+            }
+        )
+    )
+    return 0 if all(result["passed"] for result in (*parity, *overlapped.values())) else 1
 
 
 def _parity(scratch: Path, family: str, device: Device) -> dict[str, Any]:

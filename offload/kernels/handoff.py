@@ -137,8 +137,15 @@ def handed(pool, board, patience):
     return True
 
 
+@njit(cache=True, **NOPYTHON)
+def await_flag(flag, number, naps):
+    """`arrived`, for a caller who waits by itself."""
+    return arrived(flag, number, naps)
+
+
 def warm() -> None:
     """Compile, or load from the cache."""
     serve.compile("void(int64, int64)")
     post.compile("void(int64, int64)")
+    await_flag.compile("boolean(int64, int64, int64)")
     handed.compile("boolean(int64, int64, int64)")

@@ -69,9 +69,9 @@ class Switched:
     def _watch_look_ahead(self) -> None:
         expect, attend = self._warmer.expect, Lane.attend
 
-        def noted(index: int, scores: torch.Tensor, k: int) -> None:
+        def noted(index: int, scores: torch.Tensor, k: int, elsewhere: Any = None) -> None:
             self._named = set(scores.topk(k, -1).indices.flatten().tolist())
-            expect(index, scores, k)
+            expect(index, scores, k, elsewhere)
 
         def longer(lane: Lane, block: Block) -> None:
             attend(lane, block)

@@ -100,9 +100,9 @@ def test_nothing_runs_before_the_flag(direct: Experts, sent: Experts) -> None:
     sent.submit(3, *asked).wait()
     flag = hold_back(sent)
     pending = sent.submit(4, *asked)
-    pending._result.fill_(-1)
+    pending._tokens.result.fill_(-1)
     time.sleep(0.05)  # well past the spinning
-    assert (pending._result == -1).all(), "the workers did not wait for the data"
+    assert (pending._tokens.result == -1).all(), "the workers did not wait for the data"
     flag += 1
     assert torch.equal(pending.wait(), direct.submit(4, *asked).wait())
 

@@ -1,0 +1,184 @@
+"""A layer's experts divided between the CPU and the device, behind the interface of `offload.experts.Experts`.
+
+The CPU gets the tokens without the experts that lie in VRAM and starts at once; the device runs those meanwhile, and
+`wait` adds the two sums. The ids come to the host once, for both. A miss never waits for anything: it is the CPU's.
+Knows no models. Called by `hybrid.moe` and `hybrid.engine`.
+"""
+
+import time
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from offload.config import PoolConfig
+from offload.copies import copies_to
+from offload.device_product import DeviceProduct
+from offload.experts import Choices, Experts, ExpertStats, Pending
+from offload.kernels.grouping import MASKED
+from offload.paging import PagingStats
+from offload.slots import MISS
+from offload.stopwatch import Stopwatch, stopwatch_of
+from offload.store import ExpertStore
+from offload.topology import Topology
+from offload.uploads import Uploads
+from offload.vram import Notice, VramSlots, VramStats
+from offload.warming import WarmStats
+
+Integers = npt.NDArray[np.integer]
+FEW_TOKENS = 32  # up to here reading an expert's weights takes the device longer than multiplying all tokens by them
+
+
+def with_vram(
+    host: Experts, store: ExpertStore, slots: Sequence[int], dtype: torch.dtype, device: torch.device, notice: Notice
+) -> "SplitExperts":
+    """`host` and `slots` of each MoE layer on the device, which computes in `dtype`. Raises ValueError for slots that
+    do not fit the store."""
+    copies = copies_to(device)
+    uploads = Uploads(copies, store.geometry.expert_bytes(store.format), staged=device.type == "cuda")
+    vram = VramSlots(store, slots, copies, uploads, notice)
+    return SplitExperts(host, vram, DeviceProduct(store.geometry, store.format, dtype, device), stopwatch_of(device))
+
+
+class SplitPending:
+    """A layer that both work on."""
+
+    def __init__(self, split: "SplitExperts", host: Pending, like: torch.Tensor, n_experts: int) -> None:
+        self._split, self._host, self._like = split, host, like
+        self._n_experts = n_experts  # that the CPU runs
+        self._started = time.perf_counter()
+        self.total: torch.Tensor | None = None  # float32 (T, D), the device's share
+        self.lap: Any = None  # of the device's work
+
+    def wait(self) -> torch.Tensor:
+        """Block until the CPU's sum is there: both together (T, D), in x's dtype, on x's device. Raises PoolError when
+        a worker failed."""
+        total = self._host.total()
+        self._split._ran(self._n_experts, time.perf_counter() - self._started, self.lap)
+        return (total if self.total is None else total + self.total).to(self._like.dtype)
+
+
+class SplitExperts:
+    """All layers' experts, run by `host` and by the device. Used by one thread."""
+
+    def __init__(self, host: Experts, vram: VramSlots, product: DeviceProduct, stopwatch: Stopwatch) -> None:
+        self._host, self._vram, self._product, self._stopwatch = host, vram, product, stopwatch
+        choices = host.choices()
+        self._index = {layer: i for i, layer in enumerate(choices.layers)}
+        self._chosen = np.zeros_like(choices.counts)  # tokens of experts that the device ran
+        self._laps: deque[tuple[Any, float]] = deque()  # of the device's work, with the CPU's seconds for its layer
+
+    @property
+    def wants_hints(self) -> bool:
+        """True where a hint can do something."""
+        return self._host.wants_hints
+
+    def begin(self) -> None:
+        """A step begins: which experts the device runs is settled until it ends."""
+        self._vram.begin()
+
+    def end(self, teaches: bool) -> None:
+        """The step has ended; it `teaches` which experts are wanted if it only decoded."""
+        while self._laps and (seconds := self._stopwatch.seconds(self._laps[0][0])) is not None:
+            _, host = self._laps.popleft()
+            beside = host if self._stopwatch.overlaps else 0.0
+            self._vram.spend(0, 0.0, max(0.0, seconds - beside))
+        self._vram.end(teaches)
+
+    def submit(self, layer: int, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> Pending | SplitPending:
+        """As `Experts.submit`, within a step."""
+        tokens = self._host.fetch(x, ids, weights)
+        chosen = tokens.ids.numpy()  # (T, K)
+        index, n_experts = self._index.get(layer), self._chosen.shape[1]
+        if index is None or not ((chosen >= MASKED) & (chosen < n_experts)).all():
+            return self._host.start(layer, x, tokens)  # which refuses it
+        self._vram.observe(index, chosen)
+        rows = np.append(self._vram.rows(index), MISS)  # (E + 1,), the last one for id -1
+        hits = rows[chosen] != MISS  # (T, K)
+        if hits.any():
+            tokens = tokens._replace(ids=torch.from_numpy(np.where(hits, MASKED, chosen)))
+        pending = SplitPending(self, self._host.start(layer, x, tokens), x, len(np.unique(chosen[~hits])))
+        if hits.any():
+            started = self._stopwatch.start()
+            pending.total = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+            self._add(pending.total, x, weights, chosen, hits, rows)
+            pending.lap = self._stopwatch.stop(started)
+            self._chosen[index] += np.bincount(chosen[hits], minlength=n_experts)
+        return pending
+
+    def hint(self, layer: int, scores: torch.Tensor) -> None:
+        """As `Experts.hint`: what lies in VRAM need not come to RAM."""
+        index = self._index.get(layer)
+        self._host.hint(layer, scores, None if index is None else self._vram.elsewhere(index))
+
+    def stats(self) -> ExpertStats:
+        """What the CPU did."""
+        return self._host.stats()
+
+    def vram(self) -> VramStats:
+        """What the slots did."""
+        return self._vram.stats()
+
+    def warming(self) -> WarmStats | None:
+        """As `Experts.warming`."""
+        return self._host.warming()
+
+    def paging(self) -> PagingStats | None:
+        """As `Experts.paging`."""
+        return self._host.paging()
+
+    def choices(self) -> Choices:
+        """How often each expert was chosen since the start, whoever ran it."""
+        host = self._host.choices()
+        return host._replace(counts=host.counts + self._chosen)
+
+    def with_pool(self, config: PoolConfig, topology: Topology) -> "SplitExperts":
+        """These experts with other workers, as `Experts.with_pool`."""
+        self._host = self._host.with_pool(config, topology)
+        return self
+
+    def check(self) -> None:
+        """Tables agree."""
+        self._vram.check()
+
+    def close(self) -> None:
+        """Uploads end, then the host's workers and the store."""
+        self._vram.close()
+        self._host.close()
+
+    def _add(
+        self,
+        out: torch.Tensor,
+        x: torch.Tensor,
+        weights: torch.Tensor,
+        chosen: Integers,
+        hits: Integers,
+        rows: Integers,
+    ) -> None:
+        """out += what the experts in slots make of their tokens. `hits` (T, K): where these stand in `chosen`."""
+        at = np.flatnonzero(hits)
+        at = at[np.argsort(chosen.ravel()[at], kind="stable")]  # by expert, ascending
+        names, which = np.unique(chosen.ravel()[at], return_inverse=True)
+        n, k = len(names), chosen.shape[1]
+        sizes = [len(at), len(at), n]
+        on_device = torch.from_numpy(np.concatenate((at, which, rows[names]))).to(x.device, non_blocking=True)
+        places, expert, slots = torch.split(on_device, sizes)  # one transfer for all three
+        tokens, shares = places // k, weights.reshape(-1)[places].float()
+        if len(x) <= FEW_TOKENS:
+            each = torch.zeros((n, len(x)), device=x.device)
+            each.index_put_((expert, tokens), shares, accumulate=True)
+            self._product.add_few(out, x, each, self._vram.memory, slots)
+            return
+        ends = np.cumsum(np.bincount(which, minlength=n)).tolist()
+        for name, first, stop in zip(names.tolist(), [0, *ends], ends, strict=False):
+            some = slice(first, stop)
+            self._product.add(out, x, tokens[some], shares[some], self._vram.memory[int(rows[name])])
+
+    def _ran(self, n_experts: int, seconds: float, lap: Any) -> None:
+        """A layer is over: `n_experts` by the CPU in so long."""
+        self._vram.spend(n_experts, seconds, 0.0)
+        if lap is not None:
+            self._laps.append((lap, seconds))
