@@ -27,7 +27,7 @@ from hybrid.moe import NO_EXPERT, Moe, Routed
 
 SHAPES = (1, 2, 4, 8, 16, GROUP_ROWS)  # rows: they attend as one group
 LEAST_PAGES = 16  # of a shape; others are powers of two, so at most half of what is attended to is padding
-TOLERANCE = 1e-3  # of a part's largest output, between replay and eager: the same kernels, perhaps chosen otherwise
+TOLERANCE = 1e-2  # of a part's largest output, between replay and eager: the same kernels, perhaps chosen otherwise
 
 Part = Callable[[], tuple[torch.Tensor, ...]]
 Notice = Callable[[str], None]

@@ -113,6 +113,8 @@ class Experts:
         self._seen = 0  # tokens, by the first layer
         self._lost = False  # the running layer was interrupted between two of its parts
         self._handoff = None if sender is None else Handoff(self._pool, sender, STUCK_SECONDS)
+        if sender is not None and sender.type == "cuda":
+            self._pool.spin_between_jobs()
         self._warmer = Warmer(self._job, shared_cache()) if warm and self._pager is None else None
 
     @property

@@ -25,6 +25,8 @@ from offload.kernels import handoff, sync
 from offload.kernels.handoff import BOARD_BYTES, CLOSING, NAP, NEVER_CAME, STUCK, TICKET, TICKET_AT
 from offload.pool import PoolError, WorkerPool
 
+MOST_PACKED = 16 * 2**20  # bytes packed on the device: some 500 tokens of K2.5; more would take its memory
+PIECE_ROWS = 2048  # whose float32 lie on the device at once
 NAP_SECONDS = 2 * NAP * 1e-6  # as the kernel rounds it
 
 
@@ -49,17 +51,23 @@ class Staging:
         return torch.empty(n_bytes, dtype=torch.uint8, pin_memory=self._pinned)
 
     def send(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> HostTokens:
-        """Enqueue the copies of x (T, D), ids and weights (T, K)."""
+        """Enqueue the copies of x (T, D), ids and weights (T, K): one, or for many tokens some that need no buffer on
+        the device."""
         n_ids, n_x, n_weights = 8 * ids.numel(), 4 * x.numel(), 4 * weights.numel()
         total = n_ids + n_x + n_weights
         if total > self._here.numel():
-            self._here, self._there = self._host(2 * total), self._there.new_empty(2 * total)
-            self._sums = self._host(2 * total)
-        there = self._split(self._there, (ids.shape, x.shape))
-        for part, source in zip(there, (ids, x, weights), strict=True):
-            part.copy_(source)
-        self._here[:total].copy_(self._there[:total], non_blocking=True)
+            self._here, self._sums = self._host(total), self._host(total)
         here = self._split(self._here, (ids.shape, x.shape))
+        if total <= MOST_PACKED:
+            if total > self._there.numel():
+                self._there = self._there.new_empty(total)
+            for part, source in zip(self._split(self._there, (ids.shape, x.shape)), (ids, x, weights), strict=True):
+                part.copy_(source)
+            self._here[:total].copy_(self._there[:total], non_blocking=True)
+        else:
+            for part, source in zip(here, (ids, x, weights), strict=True):
+                for a, b in zip(part.split(PIECE_ROWS), source.split(PIECE_ROWS), strict=True):
+                    a.copy_(b, non_blocking=True)
         return HostTokens(here[1], here[0], here[2], self._sums[:n_x].view(torch.float32).view(x.shape))
 
     @staticmethod

@@ -49,6 +49,7 @@ class WorkerPool:
         self._lines = memory[start : start + n_bytes].view(np.int64).reshape(-1, sync.LINE // 8)
         self._address = self._lines.ctypes.data
         self._write(sync.N_WORKERS, self.n_workers)
+        self._write(sync.SPINS, sync.IDLE_SPINS)
         self._write(sync.FUTEX, sync.FUTEX_NUMBERS.get(platform.machine(), 0) if os.name == "posix" else 0)
         self._write(sync.PATIENCE, int(self._sleep), int(self._sleep % 1 * 1e9))
         self._busy = False
@@ -79,6 +80,11 @@ class WorkerPool:
     def address(self) -> int:
         """Where the words lie that the workers share (kernels.sync)."""
         return self._address
+
+    def spin_between_jobs(self) -> None:
+        """Let workers look for the next job for some 0.5 ms before they sleep, if that leaves processors to others."""
+        if len(os.sched_getaffinity(0)) > self.n_workers + 1:
+            self._write(sync.SPINS, sync.PATIENT_SPINS)
 
     @property
     def broken(self) -> bool:

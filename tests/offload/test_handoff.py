@@ -8,6 +8,7 @@ import pytest
 import torch
 from numba import cfunc, types
 
+import offload.handoff
 from offload.config import ExpertGeometry, PoolConfig
 from offload.experts import Experts
 from offload.kernels.intrinsics import NOPYTHON
@@ -78,6 +79,27 @@ def test_sums_are_those_of_a_direct_submit_and_stay_what_they_are(direct: Expert
     )
     warming = sent.warming()
     assert warming is None or (warming.started > 50 and warming.bytes_read > 0)
+
+
+def test_many_tokens_go_without_a_buffer_on_the_device(
+    direct: Experts, sent: Experts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(offload.handoff, "MOST_PACKED", 40 * 4 * GEOMETRY.hidden)
+    monkeypatch.setattr(offload.handoff, "PIECE_ROWS", 7)
+    for seed, tokens in enumerate((3, 70, 35, 140, 2)):
+        asked = question(seed, tokens)
+        assert torch.equal(sent.submit(3, *asked).wait(), direct.submit(3, *asked).wait())
+    assert sent._handoff is not None
+    assert sent._handoff._staging._there.numel() < 50 * 4 * GEOMETRY.hidden
+
+
+def test_fetched_tokens_are_there_and_may_be_changed(direct: Experts, sent: Experts) -> None:
+    x, ids, weights = question(11, 5)
+    tokens = sent.fetch(x, ids, weights)
+    assert torch.equal(tokens.x, x) and torch.equal(tokens.ids, ids) and torch.equal(tokens.weights, weights)
+    masked = torch.where(ids == 2, -1, ids)
+    found = sent.start(4, x, tokens._replace(ids=masked)).wait()
+    assert torch.equal(found, direct.submit(4, x, masked, weights).wait())
 
 
 def test_bfloat16_comes_back_in_its_own_type(direct: Experts, sent: Experts) -> None:

@@ -206,6 +206,18 @@ def test_idle_workers_sleep_in_the_kernel(pool: WorkerPool) -> None:
     run(pool, count, np.zeros(pool.n_workers, np.int64))
 
 
+@pytest.mark.parametrize(("n_cpus", "spins"), [(9, sync.PATIENT_SPINS), (3, sync.IDLE_SPINS)])
+def test_workers_spin_for_longer_only_where_that_leaves_processors(
+    monkeypatch: pytest.MonkeyPatch, n_cpus: int, spins: int
+) -> None:
+    pool = WorkerPool([Place(None, 0)] * 2)
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(n_cpus)))
+    pool.spin_between_jobs()
+    assert pool._read(sync.SPINS) == spins
+    test_idle_workers_sleep_in_the_kernel(pool)
+    pool.close()
+
+
 def test_without_futex_workers_nap(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sync, "FUTEX_NUMBERS", {})
     pool = WorkerPool(places(3))
