@@ -78,8 +78,15 @@ class DiskReader:
         self._lock = threading.Lock()
         self._work, self._news = threading.Condition(self._lock), threading.Condition(self._lock)
         self._threads = [threading.Thread(target=self._run, name=f"disk-{i}", daemon=True) for i in range(THREADS)]
-        for thread in self._threads:
-            thread.start()
+        for i, thread in enumerate(self._threads):
+            try:
+                thread.start()
+            except RuntimeError as error:
+                self._threads = self._threads[:i]
+                self.close()
+                raise PoolError(
+                    f"only {i} of {THREADS} threads that read the disk could be started ({error})"
+                ) from error
 
     def read(self, at: int, into: memoryview, wanted: int, urgent: bool) -> Read:
         """Begin to fill `into`, whole blocks, from offset `at` of the file; `wanted` bytes of it must be there."""

@@ -99,9 +99,9 @@ class Pager:
         assert n_slots >= LEAST_SLOTS, budget
         assert experts.start % LINE == experts.expert_bytes % LINE == 0, "kernels load whole lines"
         self._file, self._forced = experts, read_ahead
-        self._reader = DiskReader(experts.path)
         self._slots = Slots(n_slots, experts.n_layers, experts.n_experts)
         self._memory = huge_memory(n_slots * experts.slot_bytes)
+        self._reader = DiskReader(experts.path)  # last, since its threads would outlive an error
         self._base = address_of(self._memory)
         self.addresses = np.zeros((experts.n_layers, experts.n_experts, *experts.inside.shape), np.int64)
         self._flat = self.addresses.reshape(n_all, *experts.inside.shape)
@@ -141,10 +141,7 @@ class Pager:
         self._count_hint(layer, numbers)
         self._give_up_ahead(layer, set(numbers.tolist()))
         self._collect()
-        there = self._slots.find(numbers) >= 0
-        arriving = sum(number in self._ahead for number in numbers[there].tolist())
         self._stats.wanted += len(numbers)
-        self._stats.hits += int(there.sum()) - arriving
         self._step[1] += len(numbers)
         self._slots.ran(layer, numbers)
         bounds = [*range(0, len(numbers), self._part), len(numbers)]
@@ -167,7 +164,9 @@ class Pager:
                 self._bring(layer, layer.parts[i + 1])
             assert self._flat[layer.experts[part[0] : part[1]]].all(), "an expert without an address is about to run"
             yield part
-            self._slots.unlock(layer.held.pop(0))
+            ran = layer.held.pop(0)
+            self._slots.unlock(ran)
+            self._slots.ended(ran)
 
     def hold(self, layer: int, expert: int) -> bool:
         """Let an expert stay in RAM until `release`, for somebody who reads it beside the layers; False where its
@@ -196,6 +195,7 @@ class Pager:
         self._abandon()
         for held in layer.held:
             self._slots.unlock(held[self._slots.find(held) >= 0])
+        self._slots.ended(layer.experts)
 
     def expect(self, layer: int, scores: torch.Tensor, k: int, elsewhere: npt.NDArray[np.bool_] | None = None) -> None:
         """The layer's next run is likely to choose each token's best k by scores (T, E): read them ahead of use.
@@ -243,6 +243,7 @@ class Pager:
         for number in numbers[there].tolist():
             read = self._ahead.pop(number, None)
             if read is None:
+                self._stats.hits += 1
                 continue
             self._slots.unlock([number])  # the lock of the reading; the part has its own
             self._stats.ahead += read.begun

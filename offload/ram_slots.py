@@ -32,6 +32,7 @@ class Slots:
         self._free = list(range(n_slots))
         self._likely = np.full(n_layers * n_experts, RAREST)  # p
         self._certain = np.zeros(n_layers * n_experts, np.bool_)  # named for the layer's next run
+        self._due = np.zeros(n_layers * n_experts, np.bool_)  # of the running layer, not run yet
         self._now = 0  # the layer that ran last
 
     def find(self, experts: Numbers) -> Numbers:
@@ -48,7 +49,13 @@ class Slots:
         self._certain[of_layer] = False
         self._likely[of_layer] *= 1 - FADE
         self._likely[experts] += FADE
+        self._due[:] = False
+        self._due[experts] = True
         self._now = layer
+
+    def ended(self, experts: Numbers) -> None:
+        """These of the running layer have run; the others are wanted before those of any other layer."""
+        self._due[experts] = False
 
     def take(self, experts: Sequence[int]) -> tuple[list[int], list[int]]:
         """Locked slots for experts without one, as many as there are; and the experts that gave way."""
@@ -97,6 +104,7 @@ class Slots:
         chance = np.where(self._certain[owners], 1.0, np.maximum(self._likely[owners], RAREST))
         distance = (owners // self._n_experts - self._now - 1) % self._n_layers + 1
         waits = distance + self._n_layers * (1 / chance - 1)
+        waits[self._due[owners]] = 0
         last = slots if count >= len(slots) else slots[np.argpartition(-waits, count - 1)[:count]]
         gone: list[int] = self._owner[last].tolist()
         for slot in last.tolist():

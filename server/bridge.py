@@ -77,7 +77,7 @@ class EngineBridge:
             loop.call_soon_threadsafe(self._deliver, child, message)
 
         self.phase, self.loading = "loading", LoadProgress("starting")
-        self._child = _Child(self._settings, self._build, deliver)
+        self._child = _Child(_with_record(self._settings, self.restarts), self._build, deliver)
 
     async def loaded(self) -> Failed | None:
         """Wait for the first load to end; what it failed of, if it did."""
@@ -228,6 +228,16 @@ class _Child:
                 pipe.send(message)
             except OSError:  # the reader sees the end of the pipe and tells
                 return
+
+
+def _with_record(settings: ServerSettings, restarts: int) -> ServerSettings:
+    """The settings for an engine that comes after others: its routing record has a file of its own."""
+    path = settings.record_routing
+    if path is None or not restarts:
+        return settings
+    own = path.with_stem(f"{path.stem}-{restarts + 1}")
+    logger.warning("the routing record goes on in %s", own)
+    return replace(settings, record_routing=own)
 
 
 def _ending(code: int | None) -> str:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -173,4 +174,22 @@ def test_closing_ends_the_threads(file: tuple[Path, bytes]) -> None:
     assert threading.active_count() == before + disk.THREADS
     reader.close()
     reader.close()
+    assert threading.active_count() == before
+
+
+def test_threads_that_cannot_start_are_one_line_and_leave_none(tmp_path: Path) -> None:
+    file = tmp_path / "experts"
+    file.write_bytes(bytes(BLOCK))
+    start, started = threading.Thread.start, 0
+
+    def third_fails(thread: threading.Thread) -> None:
+        nonlocal started
+        started += 1
+        if started == 3:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    before = threading.active_count()
+    with patch.object(threading.Thread, "start", third_fails), pytest.raises(PoolError, match="only 2 of 8 threads"):
+        DiskReader(file)
     assert threading.active_count() == before

@@ -215,3 +215,18 @@ def test_an_interrupted_layer_is_never_half_an_answer(tmp_path: Path, resident: 
     expected = resident.submit(1, x, ids, weights).wait()
     assert torch.equal(experts.submit(1, x, ids, weights).wait(), expected)
     experts.close()
+
+
+def test_a_layer_in_parts_keeps_what_it_still_has_to_run(tmp_path: Path) -> None:
+    """Six experts run in parts of one with five slots: those in memory that are due give way last, and a hit is counted
+    when its part begins, not while it may still be evicted."""
+    experts = opened(paged(WHOLE, tmp_path / "experts", 5, read_ahead=False))
+    for _ in range(9):
+        run(experts, 2, [0, 1])  # far likelier for the layer's next run than the others are for theirs
+    run(experts, 1, [3, 4, 5])
+    run(experts, 1, [0, 1, 2, 3, 4, 5])
+    stats = experts.paging()
+    assert stats is not None
+    assert (stats.wanted, stats.hits) == (18 + 3 + 6, 16 + 0 + 3)
+    assert stats.bytes_on_demand == (stats.wanted - stats.hits) * GEOMETRY.expert_bytes("int4")
+    experts.close()

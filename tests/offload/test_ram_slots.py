@@ -65,6 +65,7 @@ def test_what_is_named_for_the_next_layer_stays() -> None:
     slots.unlock([4, 5])
     for _ in range(9):
         slots.ran(1, np.array([5]))
+    slots.ended(np.array([5]))
     slots.expect(np.array([4]))
     assert slots.take([0])[1] == [5]
 

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
@@ -49,6 +50,13 @@ def served(model: Path, home: Path, *flags: str) -> AbstractContextManager[Serve
 
 def own(home: Path) -> dict[str, str]:
     return environment() | {"XDG_CACHE_HOME": str(home)}
+
+
+def until(reached: Callable[[], bool], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not reached():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 TABLE = "predicted_against_achieved"
@@ -109,6 +117,24 @@ def test_a_record_of_single_tokens(tmp_path: Path, model_dir: Path, model: Model
     assert found.tokens[:70].tolist() == [65] * 70
     assert found.turns.tolist() == [[70, 78], [80, 88]]
     assert read_routing(record, model).tokens == 88
+
+
+def test_a_record_goes_on_beside_that_of_an_engine_that_died(
+    tmp_path: Path, model_dir: Path, model: ModelConfig
+) -> None:
+    record = tmp_path / "routing.npz"
+    sizes = ("--device", "cpu", "--kv-memory", "8MB")
+    with served(model_dir, tmp_path, *sizes, "--record-routing", str(record)) as server, server.client() as client:
+        client.completions.create(model=server.name, prompt=[65] * 70, max_tokens=9, logit_bias=NO_STOP)
+        until(record.exists)
+        (engine,) = (child for child in server.tree() if "engine_process" in " ".join(child.cmdline()))
+        engine.kill()
+        until(lambda: server.get("/readyz")[0] == 503)
+        until(lambda: server.get("/readyz")[0] == 200)
+        client.completions.create(model=server.name, prompt=[66] * 30, max_tokens=9, logit_bias=NO_STOP)
+    assert read_record(record).lengths.tolist() == [70 + 8]
+    assert read_record(tmp_path / "routing-2.npz").lengths.tolist() == [30 + 8]
+    assert f"the routing record goes on in {tmp_path / 'routing-2.npz'}" in server.log.read_text()
 
 
 def test_a_server_plans_for_itself(tmp_path: Path, model_dir: Path, model: ModelConfig, hardware: Hardware) -> None:
