@@ -14,6 +14,7 @@ from typing import Literal
 from hybrid.config_json import ConfigError as ConfigError
 from hybrid.config_json import Fields, read_object
 from offload.config import ExpertFormat, ExpertGeometry, PoolConfig, Projection
+from offload.stream_split import StreamRates
 
 ModelType = Literal["kimi_k25", "kimi_k2", "deepseek_v3", "deepseek_v2"]
 TopkMethod = Literal["noaux_tc", "greedy", "group_limited_greedy"]
@@ -243,6 +244,8 @@ class EngineConfig:
     `experts` is who runs the routed experts: our kernels, kt-kernel, or the faster of the two after a trial.
     `expert_ram` bytes are for experts that a packed file holds; None takes what is free when they are opened, less the
     cache and HOST_RESERVE.
+    `ring_bytes` of the device, two experts or more, let steps with prompts stream experts there, as many as the
+    `stream_rates` of this machine say; 0 for none.
     `ping_pong` runs steps as two halves that take turns at the device and the experts: "auto" where trying shows that
     it pays, "on" wherever there are two rows. `handoff` lets the device release the expert workers by a flag instead of
     being waited for: None does so on cuda. `warm` lets idle workers read likely experts into the processor's cache.
@@ -261,6 +264,8 @@ class EngineConfig:
     mla: Literal["auto", "naive", "absorbed"] = "auto"
     experts: Literal["numba", "kt", "auto"] = "numba"
     expert_ram: int | None = None
+    ring_bytes: int = 0
+    stream_rates: StreamRates | None = None
     ping_pong: Literal["off", "auto", "on"] = "off"
     handoff: bool | None = None
     warm: bool = False

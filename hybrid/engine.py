@@ -27,6 +27,7 @@ from hybrid.weights import load_weights
 from offload.backends import Backend, BackendError, choose
 from offload.checkpoint import Checkpoint
 from offload.config import PoolConfig, Progress
+from offload.device_product import DeviceProduct
 from offload.experts import Choices, Experts, ExpertStats
 from offload.isa import choose as choose_isa
 from offload.kt import INSTALL, KtExperts, Published
@@ -34,6 +35,7 @@ from offload.pool import PoolError
 from offload.ram import ram
 from offload.split import SplitExperts, with_vram
 from offload.store import open_store
+from offload.streaming import StreamStats, open_streaming
 from offload.topology import Topology, find_topology
 from offload.vram import VramStats
 from offload.warming import WarmStats
@@ -116,6 +118,10 @@ class Engine:
     def vram(self) -> VramStats | None:
         """What the expert slots on the device did; None without any."""
         return self._experts.vram() if isinstance(self._experts, SplitExperts) else None
+
+    def streamed(self) -> StreamStats | None:
+        """What went through the ring; None without one."""
+        return self._experts.streamed() if isinstance(self._experts, SplitExperts) else None
 
     def choices(self) -> Choices:
         """How many tokens chose each routed expert since the start."""
@@ -215,6 +221,8 @@ class Engine:
         if backend == "kt":
             if any(config.vram_slots):
                 raise ConfigError("vram_slots: kt-kernel runs all experts by itself; use --experts numba, or no slots")
+            if config.ring_bytes:
+                notice("prompts do not stream experts to the device: kt-kernel runs all of them")
             try:
                 return KtExperts(self._published(), topology, progress)
             except PoolError as error:
@@ -234,9 +242,16 @@ class Engine:
         progress("compiling expert kernels, or loading them from the cache", 0, 0)
         hands_over = config.handoff if config.handoff is not None else self._device.type == "cuda"
         experts = Experts(store, config.pool, topology, self._device if hands_over else None, config.warm)
-        if not any(config.vram_slots):
+        if not any(config.vram_slots) and not config.ring_bytes:
             return experts
-        return with_vram(experts, store, config.vram_slots, DTYPES[config.dtype], self._device, notice)
+        slots = config.vram_slots or (0,) * len(model.moe_layers)
+        product = DeviceProduct(model.expert_geometry, store.format, DTYPES[config.dtype], self._device)
+        streaming = None
+        if config.ring_bytes:
+            if config.stream_rates is None:
+                raise ConfigError("ring_bytes: which experts to stream needs stream_rates, those of this machine")
+            streaming = open_streaming(store, product, config.stream_rates, config.ring_bytes, self._device, notice)
+        return with_vram(experts, store, slots, product, self._device, notice, streaming)
 
     def _expert_ram(self) -> int:
         """Bytes of RAM for the experts of a packed file."""

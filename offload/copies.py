@@ -122,7 +122,8 @@ class Pinned:
 
         False, and nothing of it pinned, where the system or the driver refuses.
         """
-        assert address % PAGE == 0, "memory that does not start at a page"
+        if address % PAGE:  # a file is mapped with its header
+            return False
         whole = math.lcm(step, PAGE)
         chunk = -(-CHUNK // whole) * whole
         before = len(self.addresses)

@@ -66,7 +66,7 @@ class Staging:
             self._here[:total].copy_(self._there[:total], non_blocking=True)
         else:
             for part, source in zip(here, (ids, x, weights), strict=True):
-                for a, b in zip(part.split(PIECE_ROWS), source.split(PIECE_ROWS), strict=True):
+                for a, b in zip(torch.split(part, PIECE_ROWS), torch.split(source, PIECE_ROWS), strict=True):
                     a.copy_(b, non_blocking=True)
         return HostTokens(here[1], here[0], here[2], self._sums[:n_x].view(torch.float32).view(x.shape))
 

@@ -116,6 +116,10 @@ class Ring:
         if sorted(owned) != list(range(self.n_places)):
             raise RingError(f"places of the ring with no owner, or with two: {sorted(owned)}")
 
+    def close(self) -> None:
+        """Wait for the copies that were begun: their sources may go then."""
+        self._copies.host_after(self._copies.copied())
+
     def _own(self, loan: Loan) -> None:
         if self._loans.get(loan.place) is not loan:
             raise RingError(f"place {loan.place} of the ring is not lent to {loan.key} any more")

@@ -2,6 +2,8 @@
 
 The CPU gets the tokens without the experts that lie in VRAM and starts at once; the device runs those meanwhile, and
 `wait` adds the two sums. The ids come to the host once, for both. A miss never waits for anything: it is the CPU's.
+Of a step with many tokens some experts go over the link as well (`offload.streaming`), the decoding rows' share of
+them too: their uploads begin before the CPU does, their products after the device's other work of the layer.
 Knows no models. Called by `hybrid.moe` and `hybrid.engine`.
 """
 
@@ -23,6 +25,7 @@ from offload.paging import PagingStats
 from offload.slots import MISS
 from offload.stopwatch import Stopwatch, stopwatch_of
 from offload.store import ExpertStore
+from offload.streaming import Streaming, StreamStats
 from offload.topology import Topology
 from offload.uploads import Uploads
 from offload.vram import Notice, VramSlots, VramStats
@@ -33,14 +36,19 @@ FEW_TOKENS = 32  # up to here reading an expert's weights takes the device longe
 
 
 def with_vram(
-    host: Experts, store: ExpertStore, slots: Sequence[int], dtype: torch.dtype, device: torch.device, notice: Notice
+    host: Experts,
+    store: ExpertStore,
+    slots: Sequence[int],
+    product: DeviceProduct,
+    device: torch.device,
+    notice: Notice,
+    streaming: Streaming | None = None,
 ) -> "SplitExperts":
-    """`host` and `slots` of each MoE layer on the device, which computes in `dtype`. Raises ValueError for slots that
-    do not fit the store."""
+    """`host` and `slots` of each MoE layer on the device. Raises ValueError for slots that do not fit the store."""
     copies = copies_to(device)
     uploads = Uploads(copies, store.geometry.expert_bytes(store.format), staged=device.type == "cuda")
     vram = VramSlots(store, slots, copies, uploads, notice)
-    return SplitExperts(host, vram, DeviceProduct(store.geometry, store.format, dtype, device), stopwatch_of(device))
+    return SplitExperts(host, vram, product, stopwatch_of(device), streaming)
 
 
 class SplitPending:
@@ -51,21 +59,35 @@ class SplitPending:
         self._n_experts = n_experts  # that the CPU runs
         self._started = time.perf_counter()
         self.total: torch.Tensor | None = None  # float32 (T, D), the device's share
+        self.streamed: tuple[Integers, torch.Tensor] | None = None  # ids (T, K) and weights, where some are
         self.lap: Any = None  # of the device's work
 
     def wait(self) -> torch.Tensor:
         """Block until the CPU's sum is there: both together (T, D), in x's dtype, on x's device. Raises PoolError when
         a worker failed."""
+        if self.streamed is not None:
+            self.total = self._split._stream(self._like, *self.streamed, self.total)
         total = self._host.total()
         self._split._ran(self._n_experts, time.perf_counter() - self._started, self.lap)
-        return (total if self.total is None else total + self.total).to(self._like.dtype)
+        if self.total is not None:
+            total += self.total
+        return total.to(self._like.dtype)
 
 
 class SplitExperts:
     """All layers' experts, run by `host` and by the device. Used by one thread."""
 
-    def __init__(self, host: Experts, vram: VramSlots, product: DeviceProduct, stopwatch: Stopwatch) -> None:
+    def __init__(
+        self,
+        host: Experts,
+        vram: VramSlots,
+        product: DeviceProduct,
+        stopwatch: Stopwatch,
+        streaming: Streaming | None = None,
+    ) -> None:
         self._host, self._vram, self._product, self._stopwatch = host, vram, product, stopwatch
+        self._streaming = streaming
+        self._k = 0  # experts of a token, as last submitted, in a step that may stream; else 0
         choices = host.choices()
         self._index = {layer: i for i, layer in enumerate(choices.layers)}
         self._chosen = np.zeros_like(choices.counts)  # tokens of experts that the device ran
@@ -74,7 +96,7 @@ class SplitExperts:
     @property
     def wants_hints(self) -> bool:
         """True where a hint can do something."""
-        return self._host.wants_hints
+        return self._host.wants_hints or self._k > 0
 
     def begin(self) -> None:
         """A step begins: which experts the device runs is settled until it ends."""
@@ -98,21 +120,34 @@ class SplitExperts:
         self._vram.observe(index, chosen)
         rows = np.append(self._vram.rows(index), MISS)  # (E + 1,), the last one for id -1
         hits = rows[chosen] != MISS  # (T, K)
-        if hits.any():
-            tokens = tokens._replace(ids=torch.from_numpy(np.where(hits, MASKED, chosen)))
-        pending = SplitPending(self, self._host.start(layer, x, tokens), x, len(np.unique(chosen[~hits])))
+        away = hits  # from the CPU
+        streams = self._streaming is not None and self._streaming.may_pay(len(x))
+        self._k = chosen.shape[1] if streams else 0
+        if self._streaming is not None and streams:
+            uses = np.bincount(chosen[chosen >= 0], minlength=n_experts)
+            away = hits | self._streaming.begin(index, uses, rows[:-1] != MISS)[chosen] & (chosen != MASKED)
+        if away.any():
+            tokens = tokens._replace(ids=torch.from_numpy(np.where(away, MASKED, chosen)))
+            self._chosen[index] += np.bincount(chosen[away], minlength=n_experts)
+        pending = SplitPending(self, self._host.start(layer, x, tokens), x, len(np.unique(chosen[~away])))
+        if streams:
+            pending.streamed = chosen, weights
         if hits.any():
             started = self._stopwatch.start()
             pending.total = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
             self._add(pending.total, x, weights, chosen, hits, rows)
             pending.lap = self._stopwatch.stop(started)
-            self._chosen[index] += np.bincount(chosen[hits], minlength=n_experts)
         return pending
 
     def hint(self, layer: int, scores: torch.Tensor) -> None:
-        """As `Experts.hint`: what lies in VRAM need not come to RAM."""
+        """As `Experts.hint`: what lies in VRAM need not come to RAM. Of a step that streams, the choices that the
+        scores (T, E) would make of each expert say which ones the next layer will probably stream."""
         index = self._index.get(layer)
         self._host.hint(layer, scores, None if index is None else self._vram.elsewhere(index))
+        if self._streaming is not None and self._k and index is not None:
+            likely = scores.topk(self._k, -1, sorted=False).indices.flatten()
+            uses = torch.bincount(likely, minlength=scores.shape[1]).cpu().numpy()
+            self._streaming.expect(index, uses, self._vram.elsewhere(index))
 
     def stats(self) -> ExpertStats:
         """What the CPU did."""
@@ -125,6 +160,10 @@ class SplitExperts:
     def warming(self) -> WarmStats | None:
         """As `Experts.warming`."""
         return self._host.warming()
+
+    def streamed(self) -> StreamStats | None:
+        """What went through the ring; None without one."""
+        return None if self._streaming is None else self._streaming.stats()
 
     def paging(self) -> PagingStats | None:
         """As `Experts.paging`."""
@@ -143,9 +182,13 @@ class SplitExperts:
     def check(self) -> None:
         """Tables agree."""
         self._vram.check()
+        if self._streaming is not None:
+            self._streaming.check()
 
     def close(self) -> None:
         """Uploads end, then the host's workers and the store."""
+        if self._streaming is not None:
+            self._streaming.close()
         self._vram.close()
         self._host.close()
 
@@ -176,6 +219,17 @@ class SplitExperts:
         for name, first, stop in zip(names.tolist(), [0, *ends], ends, strict=False):
             some = slice(first, stop)
             self._product.add(out, x, tokens[some], shares[some], self._vram.memory[int(rows[name])])
+
+    def _stream(
+        self, x: torch.Tensor, chosen: Integers, weights: torch.Tensor, out: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        """`out` plus what the experts on the link make of their tokens; None for nothing at all."""
+        assert self._streaming is not None, "a layer that streams"
+        if out is None and self._streaming.under_way:
+            out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+        if out is not None:
+            self._streaming.finish(x, chosen, weights.float(), out)
+        return out
 
     def _ran(self, n_experts: int, seconds: float, lap: Any) -> None:
         """A layer is over: `n_experts` by the CPU in so long."""

@@ -51,6 +51,12 @@ class ExpertStore:
         self.notices = tuple(notices)  # lines for the user: weight error, what was not used, what was not read ahead
         self._owners = list(owners)
 
+    @property
+    def arenas(self) -> list[tuple[int, int, int]]:
+        """(address, bytes, bytes of one expert in it) of all memory that holds experts; none where they are paged."""
+        n_experts = len(self.layers) * self.geometry.n_experts
+        return [(address_of(owner), len(owner), len(owner) // n_experts) for owner in self._owners]
+
     def close(self) -> None:
         """Lets go of the memory; the addresses are void afterwards."""
         for owner in self._owners:

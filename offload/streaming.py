@@ -11,12 +11,14 @@ that are `settled` elsewhere are not looked at. Called by `offload.split`.
 
 import ctypes
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from offload.copies import Pinned, copies_to
 from offload.device_product import DeviceProduct, host_pieces
 from offload.ring import LEAST_PLACES, Loan, Ring
 from offload.store import ExpertStore
@@ -25,6 +27,7 @@ from offload.stream_split import StreamRates, best_stream
 PIECE_ROWS = 2048  # of one expert at a time: 29 MB of bf16 inputs at 7168 hidden
 Integers = npt.NDArray[np.integer]
 Mask = npt.NDArray[np.bool_]
+Notice = Callable[[str], None]
 
 
 @dataclass(slots=True)
@@ -41,9 +44,12 @@ class StreamStats:
 class Streaming:
     """The ring and what passes through it. Used by one thread."""
 
-    def __init__(self, store: ExpertStore, product: DeviceProduct, rates: StreamRates, ring: Ring) -> None:
-        """The store's experts must all be in memory."""
+    def __init__(
+        self, store: ExpertStore, product: DeviceProduct, rates: StreamRates, ring: Ring, pinned: Pinned | None = None
+    ) -> None:
+        """The store's experts must all be in memory; `pinned` keeps it so for the copies."""
         assert store.pager is None, "experts on the disk have no address to copy from"
+        self._pinned = pinned
         self._store, self._product, self._rates, self._ring = store, product, rates, ring
         self._pieces = host_pieces(store.geometry, store.format, store.n_nodes)
         self._n_experts = store.geometry.n_experts
@@ -59,9 +65,18 @@ class Streaming:
         """The counters as they are now."""
         return replace(self._stats)
 
+    def use(self, rates: StreamRates) -> None:
+        """Divide by other rates from the next layer on."""
+        self._rates = rates
+
     def may_pay(self, tokens: int) -> bool:
         """False for steps so small that streaming is not worth a thought: those that only decode."""
         return self._rates.may_pay(tokens)
+
+    @property
+    def under_way(self) -> bool:
+        """Whether the running layer has experts on the link that `finish` will run."""
+        return bool(self._order)
 
     def begin(self, index: int, rows: Integers, settled: Mask) -> Mask:
         """(E,) which experts of a layer (its place among them) will be streamed, of `rows` (E,) tokens each.
@@ -111,14 +126,25 @@ class Streaming:
         """Raises RingError where a place was used by two."""
         self._ring.check()
 
+    def close(self) -> None:
+        """Uploads end, and memory is pinned no more; the store may go then."""
+        self._queue.clear()
+        self._next.clear()
+        for loan in self._loans.values():
+            self._ring.drop(loan)
+        self._loans.clear()
+        self._ring.close()
+        if self._pinned is not None:
+            self._pinned.close()
+
     def _fill(self) -> None:
         """Give free places to uploads that wait: the layer's own before the next one's."""
         while self._ring.n_free and (self._queue or self._next):
             key = self._queue.popleft() if self._queue else self._next.popleft()
-            self._loans[key] = self._ring.load(key, self._bytes(*key))
+            self._loans[key] = self._ring.load(key, self.bytes_of(*key))
             self._stats.bytes += self._product.n_bytes
 
-    def _bytes(self, index: int, expert: int) -> list[torch.Tensor]:
+    def bytes_of(self, index: int, expert: int) -> list[torch.Tensor]:
         """An expert's bytes where they lie."""
         places = self._store.addresses[index, expert]
         runs: list[list[int]] = []  # address, bytes
@@ -129,6 +155,37 @@ class Streaming:
             else:
                 runs.append([address, n_bytes])
         return [host_bytes(address, n_bytes) for address, n_bytes in runs]
+
+
+def open_streaming(
+    store: ExpertStore,
+    product: DeviceProduct,
+    rates: StreamRates,
+    ring_bytes: int,
+    device: torch.device,
+    notice: Notice,
+    checked: bool = False,
+) -> Streaming | None:
+    """A ring on the device; None, with a notice, where experts lie on the disk. Raises ValueError for a ring that is
+    too small. `checked`: with checksums, for tests."""
+    n_places = ring_places(ring_bytes, product.n_bytes)
+    if store.pager is not None:
+        notice("prompts do not stream experts to the device: not all of them are in RAM")
+        return None
+    pinned = _pin(store, notice) if device.type == "cuda" else None
+    staged = device.type == "cuda" and pinned is None
+    ring = Ring(copies_to(device), n_places, product.n_bytes, staged=staged, checked=checked)
+    return Streaming(store, product, rates, ring, pinned)
+
+
+def _pin(store: ExpertStore, notice: Notice) -> Pinned | None:
+    """The store's memory pinned where it lies; None where that is refused: a mapped file, or too much at once."""
+    pinned = Pinned()
+    if all(pinned.add(*arena) for arena in store.arenas):
+        return pinned
+    pinned.close()
+    notice("the experts' memory cannot be pinned: streamed ones are copied once more on the host, which is slower")
+    return None
 
 
 def ring_places(ring_bytes: int, expert_bytes: int) -> int:

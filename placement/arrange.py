@@ -61,6 +61,7 @@ class Task:
     profile: Profile | None
     kernel: str | None
     servable: bool  # only what this version's engine does
+    may_stream: bool = True
 
     def rates(self, setup: Setup) -> Rates | None:
         return None if self.profile is None else resolve(self.model, self.profile, setup, self.routing)
@@ -113,7 +114,17 @@ def arrange(task: Task, base: Layout) -> Arrangement:
     """
     task = task.coarse
     base = replace(base, max_running=_running(task, base))
-    streams, chunk, chunks = _steps(task, base)
+    steps = _steps(task, base)
+    try:
+        return _with_steps(task, base, *steps)
+    except PlacementError:  # the ring and its larger steps may be what is too much
+        if not steps[0]:
+            raise
+        return _with_steps(task, base, *_steps(replace(task, may_stream=False), base))
+
+
+def _with_steps(task: Task, base: Layout, streams: bool, chunk: int, chunks: dict[int, float]) -> Arrangement:
+    """The best arrangement with this size of step. Raises PlacementError."""
     layout = replace(base, max_batch_tokens=chunk, ring_experts=RING_EXPERTS if streams else 0)
     most, *fewer = [
         _best(task, replace(layout, max_running=running), streams, chunks) for running in _batches(task, layout)
@@ -186,7 +197,9 @@ def _steps(task: Task, base: Layout) -> tuple[bool, int, dict[int, float]]:
     if slow is None:
         return False, wished or MAX_BATCH_TOKENS, {}
     chunk, chunks = best_chunk(slow, task.goal, _sizes(task, base), CHUNK_WITHIN)
-    fast = task.rates(task.setup(base, True, from_disk)) if task.has_link and not task.servable else None
+    # Experts on the disk would have to come to RAM first: the engine streams only what lies there.
+    may_stream = task.may_stream and task.has_link and not from_disk and task.wishes.experts == "numba"
+    fast = task.rates(task.setup(base, True)) if may_stream else None
     if fast is None:
         return False, chunk, chunks
     ring = replace(base, ring_experts=RING_EXPERTS)

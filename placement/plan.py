@@ -23,7 +23,8 @@ Ability = Literal[
     "fp8 weights", "int8 weights", "experts in VRAM", "experts leaving RAM", "streaming prefill", "KV in RAM",
     "embedding in RAM",
 ]  # fmt: skip
-ENGINE_ABILITIES: frozenset[Ability] = frozenset()  # of this version; a plan that needs others is not served
+# Of this version; a plan that needs others is not served.
+ENGINE_ABILITIES: frozenset[Ability] = frozenset({"streaming prefill"})
 
 
 @dataclass(frozen=True, slots=True)

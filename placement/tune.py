@@ -25,6 +25,7 @@ from offload.config import PoolConfig
 from offload.kt import Published, installed, refusal
 from offload.pool import PoolError
 from offload.sources import Target
+from offload.stream_split import StreamRates
 from offload.topology import find_topology
 from placement.cost import CostError, Load, resolve, step_cost
 from placement.forecast import first_token, human_seconds
@@ -32,6 +33,7 @@ from placement.plan import Choice, Plan, Point, Settings, Trial
 from placement.planner import setup_of
 from placement.profile import Profile
 from placement.routing import uniform
+from placement.stream_rates import stream_rates_of
 
 K = TypeVar("K")
 Progress = Callable[[str, int, int], None]  # what is being timed, seconds gone, seconds in all
@@ -105,7 +107,8 @@ def tune(
     model = ModelConfig.from_directory(model_dir)
     if not _tried(plan, "experts"):
         plan = _try_backends(model_dir, model, plan, save, tell)
-    with closing(Engine(_engine_config(model_dir, model, plan.settings), progress, tell)) as engine:
+    rates = stream_rates_of(model, profile, plan)
+    with closing(Engine(_engine_config(model_dir, model, plan.settings, rates), progress, tell)) as engine:
         run = Run(save, progress, tell, budget_seconds, time.monotonic() + budget_seconds)
         steps = TrialSteps(engine)
         if not _tried(plan, "threads") and plan.settings.experts == "numba":
@@ -364,12 +367,13 @@ def _keep(plan: Plan, choice: Choice, **settings: object) -> Plan:
     return replace(plan, settings=replace(plan.settings, **settings), choices=(*others, choice))  # type: ignore[arg-type]
 
 
-def _engine_config(model_dir: Path, model: ModelConfig, settings: Settings) -> EngineConfig:
+def _engine_config(model_dir: Path, model: ModelConfig, settings: Settings, rates: StreamRates | None) -> EngineConfig:
     assert settings.weights in ("float32", "bfloat16"), "others need an ability that was asked for above"
     pool = PoolConfig(settings.threads, settings.expert_precision, settings.isa)
     return EngineConfig(
         model_dir, settings.device, settings.weights, _target(model, settings), pool,
         settings.pages_on_device, settings.page_size, experts=settings.experts,
+        ring_bytes=settings.ring, stream_rates=rates,
     )  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from hybrid.routes import write_record
 from offload.checkpoint import Checkpoint
 from offload.config import PoolConfig
 from offload.sources import packed_path
+from offload.stream_split import StreamRates
 from offload.topology import find_topology
 from placement import report
 from placement.cost import CostError
@@ -38,6 +39,7 @@ from placement.plan import Choice, Goal, Plan
 from placement.planner import ledger_lines, make_plan
 from placement.probe import find_hardware
 from placement.routing import uniform, write_routing
+from placement.stream_rates import stream_rates_of
 from server.account import Predict, predictor
 from server.engine_process import Built, OnNotice, OnProgress, nothing
 from server.options import SettingsError
@@ -82,7 +84,8 @@ def build_engine(settings: ServerSettings, progress: OnProgress, notice: OnNotic
     notice(report.table(plan))
     tokens = ServedRecord(settings.model, logger.warning) if _records_tokens(settings) else None
     watch = tokens.watch if tokens else None
-    engine = Engine(_engine_config(settings, plan), progress=progress, notice=notice, watch=watch)
+    config = _engine_config(settings, plan, stream_rates_of(model, rates.profile, plan))
+    engine = Engine(config, progress=progress, notice=notice, watch=watch)
     plan = _as_loaded(plan, engine)
     predict, words = _predictor(model, rates, plan)
     notice(f"steps are predicted with the profile {words}, {LAW}" if predict else f"no predictions: {words}")
@@ -143,7 +146,7 @@ def _as_loaded(plan: Plan, engine: "Engine") -> Plan:
     return replace(plan, settings=replace(plan.settings, experts=backend))
 
 
-def _engine_config(settings: ServerSettings, plan: Plan) -> EngineConfig:
+def _engine_config(settings: ServerSettings, plan: Plan, stream_rates: StreamRates | None) -> EngineConfig:
     chosen = plan.settings
     # On the CPU the device's part and the experts share cores and memory: nothing to gain there (tests.bench.overlap).
     overlaps = settings.overlap == "auto" and chosen.device == "cuda"
@@ -160,6 +163,8 @@ def _engine_config(settings: ServerSettings, plan: Plan) -> EngineConfig:
         ping_pong="auto" if overlaps else "off",
         handoff=overlaps,
         graphs=overlaps,
+        ring_bytes=chosen.ring,
+        stream_rates=stream_rates,
     )
 
 
@@ -174,6 +179,8 @@ def _still_fits(plan: Plan, model: ModelConfig, facts: Facts, wishes: Wishes, pa
     if plan.settings.experts_mapped and not wishes.packed:
         raise PlacementError(f"{path}: the plan maps the experts from a packed file: run `hybrid pack MODEL` first")
     layout, again = layout_of(model, facts, wishes), "free memory, or make a new plan with `hybrid plan`"
+    ring_experts = -(-plan.settings.ring // model.expert_geometry.expert_bytes(layout.expert_format))
+    layout = replace(layout, ring_experts=ring_experts)
     needed, (spare, _) = plan.settings.pages_on_device * page_bytes(model, layout), room(model, facts, layout)
     if 0 <= spare < needed:
         raise PlacementError(

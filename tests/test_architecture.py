@@ -33,6 +33,7 @@ TORCH_FREE = {
             "predict",
             "ram",
             "slots",
+            "stream_split",
             "token_table",
             "topology",
         )

@@ -81,8 +81,6 @@ def test_a_stale_plan(tmp_path: Path, model: ModelConfig, hardware: Hardware) ->
         ({"weights": "int8"}, "int8 weights"),
         ({"slots": (0, 4)}, "experts in VRAM"),
         ({"experts_leave_ram": True}, "experts leaving RAM"),
-        ({"ring": 1000}, "streaming prefill"),
-        ({"stream_from_rows": 6.0}, "streaming prefill"),
         ({"pages_in_ram": 5}, "KV in RAM"),
         ({"embedding_in_ram": True}, "embedding in RAM"),
     ],
@@ -99,8 +97,8 @@ def test_what_the_engine_does_not_do_is_refused(
 
 def test_all_that_is_lacking_is_named(tmp_path: Path, model: ModelConfig, hardware: Hardware) -> None:
     path = tmp_path / "plan.yaml"
-    write_plan(path, plans.plan(model, hardware, slots=(1,), ring=1))
-    assert "the plan needs experts in VRAM, streaming prefill, which" in refusal(path, model, hardware)
+    write_plan(path, plans.plan(model, hardware, slots=(1,), pages_in_ram=1))
+    assert "the plan needs KV in RAM, experts in VRAM, which" in refusal(path, model, hardware)
 
 
 def test_experts_that_cannot_be_made(tmp_path: Path, model: ModelConfig, hardware: Hardware) -> None:
