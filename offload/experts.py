@@ -60,7 +60,7 @@ class Pending:
     ) -> None:
         self._experts, self._tokens, self._like = experts, tokens, like
         self._staged = staged  # the sum's buffer is used again
-        self._sent = sent  # the workers begin when the flag comes
+        self.sent = sent  # the workers begin when the flag comes
         self._started = time.perf_counter()
 
     def wait(self) -> torch.Tensor:
@@ -69,7 +69,7 @@ class Pending:
 
     def total(self) -> torch.Tensor:
         """The same in float32, as it was added up."""
-        self._experts._finish(self, self._started, self._tokens if self._sent else None)
+        self._experts._finish(self, self._started, self._tokens if self.sent else None)
         result, device = self._tokens.result, self._like.device
         return (
             torch.empty_like(result, device=device).copy_(result, non_blocking=True)
@@ -241,11 +241,13 @@ class Experts:
             self._store.close()
 
     def _end_threads(self) -> None:
-        if self._warmer is not None and self._warmer.running:
-            with contextlib.suppress(PoolError):
+        """A layer under way is finished first, or given up with its flag."""
+        published = self._handoff is not None and self._handoff.close()
+        with contextlib.suppress(PoolError):
+            if self._pending is not None and self._pending.sent and not published:
+                self._take_back()
+            elif self._warmer is not None and not (self._pending is not None and self._pending.sent):
                 self._warmer.stop(self._pool)
-        if self._handoff is not None:
-            self._handoff.close()
         self._pool.close()
 
     def _find(self, layer: int) -> int:

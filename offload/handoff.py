@@ -150,9 +150,12 @@ class Handoff:
             "operation failed there"
         )
 
-    def close(self) -> None:
-        """End the thread, after a ticket under way."""
+    def close(self) -> bool:
+        """End the thread, after a ticket under way. True where the last one was handed over."""
         if self._thread.is_alive():
+            while not handoff.handed(self._pool.address, self._address, self._pool.address + sync.PATIENCE):
+                pass  # the flag comes, or is given up
             self._board[CLOSING : CLOSING + 8].view(np.int64)[0] = 1
             handoff.post(self._pool.address, self._address)
             self._thread.join()
+        return int(self._ticket["answer"]) >= 0

@@ -183,11 +183,25 @@ def test_closing_ends_the_thread_and_finishes_a_layer_under_way(store: MemorySto
     experts = open_experts(store, CPU)
     handoff = experts._handoff
     assert handoff is not None
-    experts.submit(3, *question(8, 2)).wait()
-    experts.submit(4, *question(8, 2))
+    first = experts.submit(3, *question(8, 2))  # at once: the thread may not have looked yet
     experts.close()
+    assert int(handoff._ticket["answer"]) > 0 and not experts._pool.busy
+    assert (first._tokens.result != 0).any()
     assert not handoff._thread.is_alive()
     handoff.close()  # once more does nothing
+
+
+def test_closing_does_not_wait_for_a_flag_for_ever(store: MemoryStore) -> None:
+    experts = open_experts(store, CPU, warm=True)
+    handoff = experts._handoff
+    assert handoff is not None
+    handoff._ticket["naps"] = 50
+    hold_back(experts)
+    experts.submit(3, *question(12, 2))
+    began = time.monotonic()
+    experts.close()
+    assert time.monotonic() - began < 20, "the pool gives a stuck job up after 30 s only"
+    assert not experts._pool.broken
 
 
 def test_other_workers_take_the_thread_over(direct: Experts, sent: Experts) -> None:
