@@ -18,10 +18,12 @@ from hybrid.config import LOGIT_ROWS, ConfigError, EngineConfig, ModelConfig
 from hybrid.inputs import check_rows, in_pieces, row_starts, upload
 from hybrid.kv import allocate
 from hybrid.kv_ram import RamTier
+from hybrid.lanes import Lane
 from hybrid.model import build_model
 from hybrid.moe import Watch
 from hybrid.ping_pong import Mode, PingPong
 from hybrid.sampler import sample_rows, score
+from hybrid.segments import CaptureError, Segments
 from hybrid.weights import load_weights
 from hybrid.widths import kv_bytes_per_token
 from offload.backends import Backend, BackendError, choose
@@ -38,6 +40,7 @@ from offload.store import open_store
 from offload.streaming import StreamStats, open_streaming
 from offload.topology import Topology, find_topology
 from offload.vram import VramStats
+from offload.warming import WarmStats
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -91,7 +94,9 @@ class Engine:
         self._transformer = build_model(self.model, self._tensors, self._experts, config.mla, watch)
         self._cache = allocate(self.model, config.n_pages, config.page_size, dtype, self._device, config.kv_dtype)
         self._ram_tier = RamTier(self._cache.storage(), config.n_ram_pages)
-        self._ping_pong = PingPong(config.ping_pong)
+        self._ping_pong = PingPong(config.ping_pong, notice)
+        self._notice = notice
+        self._segments = self._new_segments()
 
     def step(self, batch: Batch) -> StepOutput:
         """Move pages between the tiers, compute the new ids of every row, fill their cache pages, and answer each row
@@ -102,8 +107,7 @@ class Engine:
         with self._experts_within(batch), torch.inference_mode():
             self._ram_tier.move(batch.moves)
             parts = self._ping_pong.parts(batch)
-            inputs = [[upload(p, self._config.page_size, self._device) for p in in_pieces(part)] for part in parts]
-            hidden = self._transformer.hidden(inputs, self._cache)  # (T, D)
+            hidden = self._hidden(parts)  # (T, D)
             rows = self._answer(batch.rows, hidden)
         after = self._experts.stats()
         seconds = time.perf_counter() - began
@@ -136,6 +140,10 @@ class Engine:
         """What the routed experts did since the start."""
         return self._experts.stats()
 
+    def warming(self) -> WarmStats | None:
+        """What idle expert workers read into their caches; None where they do not."""
+        return None if isinstance(self._experts, KtExperts) else self._experts.warming()
+
     def use_pool(self, pool: PoolConfig) -> None:
         """Run the loaded experts with other threads, instructions or precision from now on. Nothing is read again.
 
@@ -146,17 +154,23 @@ class Engine:
             raise BackendError("kt-kernel's threads are settled when it loads: start again with --experts numba")
         self._experts = self._experts.with_pool(pool, find_topology(pool.threads))
         self._transformer = build_model(self.model, self._tensors, self._experts, self._config.mla, self._watch)
+        self._segments = self._new_segments()
         self._config = replace(self._config, pool=pool)
 
     def use_ping_pong(self, mode: Mode) -> None:
         """Split steps from now on never, always, or where it pays."""
-        self._ping_pong = PingPong(mode)
+        self._ping_pong = PingPong(mode, self._notice)
         self._config = replace(self._config, ping_pong=mode)
 
     @property
     def halved(self) -> dict[int, bool]:
         """Batch sizes whose steps were tried whole and in halves, and whether they run in halves now."""
         return self._ping_pong.choices
+
+    @property
+    def graphs(self) -> dict[str, int]:
+        """Halves of steps and whole ones by how their device part ran: "replayed" from graphs, else why not."""
+        return {} if self._segments is None else {"replayed": self._segments.replayed, **self._segments.eager}
 
     def close(self) -> None:
         """Stop the expert workers and let go of their memory."""
@@ -177,6 +191,31 @@ class Engine:
             teaches = all(len(row.ids) == 1 for row in batch.rows)
         finally:
             self._experts.end(teaches)
+
+    def _new_segments(self) -> Segments | None:
+        """What replays decode steps from CUDA graphs, where asked for and possible."""
+        if not self._config.graphs or self._device.type != "cuda":
+            return None
+        if self._watch is not None:
+            self._notice("CUDA graphs are off: a record of the routing sees every layer's tokens as they run")
+            return None
+        return Segments(self._transformer, self._cache, self._notice)
+
+    def _hidden(self, parts: Sequence[Batch]) -> torch.Tensor:
+        """The residual stream of all new ids, (T, D), in the batch's order."""
+        while True:
+            try:
+                return self._transformer.hidden([self._lane(i, part) for i, part in enumerate(parts)])
+            except CaptureError as error:  # a step may be taken again: it writes the same to the same places
+                assert self._segments is not None, "it has captured"
+                self._segments.refuse(error)
+
+    def _lane(self, half: int, part: Batch) -> Lane:
+        captured = self._segments.lane(half, part.rows) if self._segments is not None else None
+        if captured is not None:
+            return captured
+        pieces = [upload(piece, self._config.page_size, self._device) for piece in in_pieces(part)]
+        return self._transformer.lane(pieces, self._cache)
 
     def _published(self) -> Published:
         model = self.model
@@ -211,7 +250,8 @@ class Engine:
         for line in store.notices:
             notice(line)
         progress("compiling expert kernels, or loading them from the cache", 0, 0)
-        experts = Experts(store, config.pool, topology)
+        hands_over = config.handoff if config.handoff is not None else self._device.type == "cuda"
+        experts = Experts(store, config.pool, topology, self._device if hands_over else None, config.warm)
         if not any(config.vram_slots) and not config.ring_bytes:
             return experts
         slots = config.vram_slots or (0,) * len(model.moe_layers)

@@ -48,12 +48,12 @@ def upload(batch: Batch, page_size: int, device: torch.device) -> StepInputs:
     rows = batch.rows
     starts = row_starts(rows)
     positions = np.concatenate([np.arange(row.position, row.position + len(row.ids)) for row in rows])
-    slots = np.concatenate([_slots(row, page_size) for row in rows])
+    slots = np.concatenate([slots_of(row, page_size) for row in rows])
     arrays = [np.concatenate([row.ids for row in rows]), positions, slots]
     members = grouped(rows, page_size)
     for group in members:
         tokens = np.stack([np.arange(starts[i], starts[i] + len(rows[i].ids)) for i in group])  # (B, n)
-        arrays += [tokens, positions[tokens], _page_table([rows[i] for i in group], page_size)]
+        arrays += [tokens, positions[tokens], page_table([rows[i] for i in group], page_size)]
     on_device = iter(_one_transfer(arrays, device))
     ids, where, into = next(on_device), next(on_device), next(on_device)
     groups = [
@@ -127,13 +127,13 @@ def _n_pages(row: Row, page_size: int) -> int:
     return -(-(row.position + len(row.ids)) // page_size)
 
 
-def _slots(row: Row, page_size: int) -> IntArray:
+def slots_of(row: Row, page_size: int) -> IntArray:
     """(n,) cache slots of the row's new ids."""
     positions = np.arange(row.position, row.position + len(row.ids))
     return np.asarray(row.pages)[positions // page_size] * page_size + positions % page_size
 
 
-def _page_table(rows: Sequence[Row], page_size: int) -> IntArray:
+def page_table(rows: Sequence[Row], page_size: int) -> IntArray:
     """(B, N) pages of each row, padded with page 0."""
     counts = [_n_pages(row, page_size) for row in rows]
     table = np.zeros((len(rows), max(counts)), dtype=np.int64)

@@ -17,9 +17,9 @@ import torch
 
 from hybrid.inputs import StepInputs
 from hybrid.kv import LatentCache
-from hybrid.layers import Mlp, rms_norm
+from hybrid.layers import Mlp, by_pieces, rms_norm
 from hybrid.mla import Attention
-from hybrid.moe import Moe, Routed, Running
+from hybrid.moe import Moe, Pending, Routed
 from hybrid.rope import Rope
 
 
@@ -47,33 +47,40 @@ class Lane:
         tables = [rope.table(piece.positions) for piece in pieces]  # 2 x (T, R/2) each
         self._pieces = tuple(zip(parts, pieces, tables, strict=True))
         self._routed: Routed | None = None
-        self._running: Running | None = None
+        self._pending: Pending | None = None
+        self._shared: torch.Tensor | None = None  # what the shared expert said while the others run
         self._update: torch.Tensor | None = None  # collected, not yet added
+
+    @property
+    def result(self) -> torch.Tensor:
+        """The residual stream of the lane's tokens."""
+        return self.x
 
     def attend(self, block: Block) -> None:
         """What the block has on the device before its routed experts."""
         self.settle()
         inner = []
         for part, piece, table in self._pieces:  # a piece's queries see the keys of those before it
-            normed = rms_norm(part, block.attention_norm, self._eps)
-            part += block.attention(normed, piece, self._cache, self._rope, table)
-            normed = rms_norm(part, block.mlp_norm, self._eps)
-            if isinstance(block.mlp, Moe):
-                inner.append(normed)
-            else:
-                part += block.mlp(normed)
+            x, normed = self.before(block, part, piece, table)
+            part.copy_(x)
+            inner.append(normed)
         if isinstance(block.mlp, Moe):
             self._routed = block.mlp.route(inner[0] if len(inner) == 1 else torch.cat(inner))
 
     def hand_over(self) -> None:
         """Start the routed experts, if the block has any, and the shared expert beside them."""
         if self._routed is not None:
-            self._running, self._routed = self._routed.start(), None
+            routed, self._routed = self._routed, None
+            self._pending = routed.submit()
+            self._shared = by_pieces(routed.moe.shared, routed.x)
 
     def collect(self) -> None:
         """Wait for the routed experts, which are free for another lane afterwards."""
-        if self._running is not None:
-            self._update, self._running = self._running.wait(), None
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            routed = pending.wait()
+            assert self._shared is not None, "computed while the experts ran"
+            self._update, self._shared = routed + self._shared, None
 
     def settle(self) -> None:
         """Add what the last block's experts said."""
@@ -81,6 +88,17 @@ class Lane:
         if self._update is not None:
             self.x += self._update
             self._update = None
+
+    def before(
+        self, block: Block, x: torch.Tensor, piece: StepInputs, table: tuple[torch.Tensor, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The residual stream (T, D) with attention, or with the whole of a dense block, and its last norm: what the
+        experts get. Reads its arguments, writes the cache, and may be run again.
+        """
+        normed = rms_norm(x, block.attention_norm, self._eps)
+        x = x + block.attention(normed, piece, self._cache, self._rope, table)
+        normed = rms_norm(x, block.mlp_norm, self._eps)
+        return (x, normed) if isinstance(block.mlp, Moe) else (x + block.mlp(normed), normed)
 
 
 def run(blocks: Sequence[Block], lanes: Sequence[Lane]) -> None:

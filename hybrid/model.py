@@ -34,20 +34,21 @@ class Transformer:
     norm: torch.Tensor  # (D,)
     head: Matrix  # (vocabulary, D)
 
-    def hidden(self, parts: Sequence[Sequence[StepInputs]], cache: LatentCache) -> torch.Tensor:
+    def lane(self, pieces: Sequence[StepInputs], cache: LatentCache) -> Lane:
+        """A step's new ids in pieces, or those of one half, at the start of their way; `hidden` takes them on."""
+        return Lane(self.embedded(torch.cat([piece.ids for piece in pieces])), pieces, cache, self.rope, self.eps)
+
+    def embedded(self, ids: torch.Tensor) -> torch.Tensor:
+        """(T,) to (T, D)."""
+        return embedding(ids.to(self.embed.device), self.embed).to(ids.device)
+
+    def hidden(self, lanes: Sequence[Lane]) -> torch.Tensor:
         """The residual stream after the last block, (T, D); the new ids' latents are in the cache afterwards.
 
-        Two parts of a step take turns at the device and the routed experts (`hybrid.lanes`). Each comes in pieces.
+        Two lanes take turns at the device and the routed experts.
         """
-        lanes = [
-            Lane(self._embedded(torch.cat([piece.ids for piece in pieces])), pieces, cache, self.rope, self.eps)
-            for pieces in parts
-        ]
         run(self.blocks, lanes)
-        return lanes[0].x if len(lanes) == 1 else torch.cat([lane.x for lane in lanes])
-
-    def _embedded(self, ids: torch.Tensor) -> torch.Tensor:
-        return embedding(ids.to(self.embed.device), self.embed).to(ids.device)  # (T, D)
+        return lanes[0].result if len(lanes) == 1 else torch.cat([lane.result for lane in lanes])
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """(N, D) to (N, vocabulary) float32."""

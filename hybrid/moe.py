@@ -13,6 +13,8 @@ from torch.nn.functional import linear
 from hybrid.config import ModelConfig
 from hybrid.layers import Mlp, by_pieces
 
+NO_EXPERT = -1  # an id: this token does without
+
 
 class Pending(Protocol):
     """Experts at work."""
@@ -29,7 +31,7 @@ class RoutedExperts(Protocol):
         """True where knowing the next layer's likely experts early helps."""
 
     def submit(self, layer: int, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> Pending:
-        """Start x (T, D) through experts `ids` (T, K) with `weights` (T, K) float32."""
+        """Start x (T, D) through experts `ids` (T, K), NO_EXPERT for none, with `weights` (T, K) float32."""
 
     def hint(self, layer: int, scores: torch.Tensor) -> None:
         """Tell how well the experts of `layer` will probably fit the tokens: (T, E), -inf for those ruled out."""
@@ -90,7 +92,10 @@ class Moe:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """(T, D) to (T, D)."""
-        return self.route(x).start().wait()
+        routed = self.route(x)
+        pending = routed.submit()
+        shared = by_pieces(self.shared, x)
+        return pending.wait() + shared
 
     def route(self, x: torch.Tensor) -> "Routed":
         """Choose the experts of x (T, D); nothing runs yet."""
@@ -106,30 +111,17 @@ class Routed:
     ids: torch.Tensor  # (T, K)
     weights: torch.Tensor  # (T, K) float32
 
-    def start(self) -> "Running":
-        """Hand the tokens over, tell the next layer's likely experts where asked, and do the shared expert."""
+    def submit(self) -> Pending:
+        """Hand the tokens over, and tell the next layer's likely experts where asked."""
         moe, x = self.moe, self.x
         pending = moe.experts.submit(moe.layer, x, self.ids, self.weights)
         if moe.watch is not None:
             moe.watch(moe, x, self.ids)
         if moe.following is not None and moe.experts.wants_hints:
             layer, router = moe.following
-            moe.experts.hint(
-                layer, router.choice(by_pieces(router.scores, x))
-            )  # this layer's input, the next layer's router
-        return Running(pending, by_pieces(moe.shared, x))
-
-
-@dataclass(frozen=True, slots=True)
-class Running:
-    """A layer whose routed experts are at work."""
-
-    pending: Pending
-    shared: torch.Tensor  # (T, D)
-
-    def wait(self) -> torch.Tensor:
-        """What the layer adds to the residual stream: (T, D)."""
-        return self.pending.wait() + self.shared
+            scores = by_pieces(router.scores, x)  # this layer's input, the next layer's router
+            moe.experts.hint(layer, router.choice(scores))
+        return pending
 
 
 Watch = Callable[[Moe, torch.Tensor, torch.Tensor], None]

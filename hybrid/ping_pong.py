@@ -9,11 +9,13 @@ Called by `hybrid.engine`.
 
 import itertools
 import statistics
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
 from hybrid.batch import Batch
 
+Notice = Callable[[str], None]
 Mode = Literal["off", "auto", "on"]
 
 ROWS = range(2, 17)  # decode rows of a step for which "auto" tries halves
@@ -37,28 +39,27 @@ class Trial:
         tried = len(self.whole_seconds) + len(self.halves_seconds)
         return tried % 4 in (1, 2) if self.halves is None else self.halves
 
-    def add(self, halves: bool, seconds: float) -> None:
-        """A step was taken."""
+    def add(self, halves: bool, seconds: float) -> bool:
+        """A step was taken. True where that settles the choice."""
         if self.halves is not None:
             self.held += 1
             if self.held >= HOLD:
                 self.whole_seconds, self.halves_seconds, self.halves, self.held = [], [], None, 0
-            return
+            return False
         (self.halves_seconds if halves else self.whole_seconds).append(seconds)
-        if len(self.whole_seconds) >= TRIES and len(self.halves_seconds) >= TRIES:
-            self.halves = self.gain > GAIN
-
-    @property
-    def gain(self) -> float:
-        """Share of a step that halves saved in the trial."""
-        return 1 - statistics.median(self.halves_seconds) / statistics.median(self.whole_seconds)
+        if len(self.whole_seconds) < TRIES or len(self.halves_seconds) < TRIES:
+            return False
+        self.halves = statistics.median(self.halves_seconds) < (1 - GAIN) * statistics.median(self.whole_seconds)
+        return True
 
 
 class PingPong:
     """Splits batches: never, always, or where a trial shows that it pays."""
 
-    def __init__(self, mode: Mode) -> None:
+    def __init__(self, mode: Mode, notice: Notice) -> None:
+        """`notice` hears of every choice."""
         self.mode: Mode = mode
+        self._notice = notice
         self._trials: dict[int, Trial] = {}
 
     def parts(self, batch: Batch) -> tuple[Batch, ...]:
@@ -73,8 +74,10 @@ class PingPong:
     def took(self, batch: Batch, n_parts: int, seconds: float) -> None:
         """What a step cost that ran in so many parts."""
         trial = self._trial(batch)
-        if trial is not None:
-            trial.add(n_parts == 2, seconds)
+        if trial is not None and trial.add(n_parts == 2, seconds):
+            whole, halves = (statistics.median(tried) * 1e3 for tried in (trial.whole_seconds, trial.halves_seconds))
+            way = "in two halves" if trial.halves else "whole"
+            self._notice(f"{len(batch.rows)} rows decode {way}: {halves:.1f} ms in halves, {whole:.1f} ms whole")
 
     @property
     def choices(self) -> dict[int, bool]:

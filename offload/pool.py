@@ -49,6 +49,7 @@ class WorkerPool:
         self._lines = memory[start : start + n_bytes].view(np.int64).reshape(-1, sync.LINE // 8)
         self._address = self._lines.ctypes.data
         self._write(sync.N_WORKERS, self.n_workers)
+        self._write(sync.SPINS, sync.IDLE_SPINS)
         self._write(sync.FUTEX, sync.FUTEX_NUMBERS.get(platform.machine(), 0) if os.name == "posix" else 0)
         self._write(sync.PATIENCE, int(self._sleep), int(self._sleep % 1 * 1e9))
         self._busy = False
@@ -76,6 +77,16 @@ class WorkerPool:
         return len(self._places)
 
     @property
+    def address(self) -> int:
+        """Where the words lie that the workers share (kernels.sync)."""
+        return self._address
+
+    def spin_between_jobs(self) -> None:
+        """Let workers look for the next job for some 0.5 ms before they sleep, if that leaves processors to others."""
+        if len(os.sched_getaffinity(0)) > self.n_workers + 1:
+            self._write(sync.SPINS, sync.PATIENT_SPINS)
+
+    @property
     def broken(self) -> bool:
         """True when workers may still be in a job that was given up: what it reads must not be unmapped."""
         return self._broken != ""
@@ -90,15 +101,25 @@ class WorkerPool:
 
         `alive` is kept until no worker can read it any more, whatever becomes of the job.
         """
+        self.reserve(alive)
+        sync.dispatch(self._address, function, argument)
+
+    def reserve(self, alive: object = None, after: bool = False) -> None:
+        """Take the pool for a job that somebody else publishes (kernels.handoff): `wait` comes after that, or `cancel`
+        where it will not be published. `after` says that they join the job that still runs before.
+        """
         if self._closed:
             raise PoolError("the worker pool is closed")
         if self._broken:
             raise PoolError(f"the worker pool is broken: {self._broken}") from self._cause
-        if self._busy:
+        if self._busy and not after:
             raise PoolError("a job is running: wait for it before the next submit")
+        self._alive = (self._alive, alive) if self._busy else alive
         self._busy = True
-        self._alive = alive
-        sync.dispatch(self._address, function, argument)
+
+    def cancel(self) -> None:
+        """The reserved job will not be published."""
+        self._busy, self._alive = False, None
 
     def wait(self) -> None:
         """Block, without the interpreter lock, until the job is done. Raises PoolError when a worker failed."""

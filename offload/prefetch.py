@@ -19,11 +19,19 @@ BETTER = 0.95  # the other way must wait for so much of the time, else nothing i
 
 def ranked(scores: torch.Tensor, k: int) -> npt.NDArray[np.int64]:
     """The experts among any token's best k by scores (T, E), those first that more tokens put higher."""
+    return in_order(tally(scores, k).cpu())
+
+
+def tally(scores: torch.Tensor, k: int) -> torch.Tensor:
+    """Points (E,) where the scores (T, E) are: a token gives k to its best expert, k - 1 to the next and so on."""
     best = scores.topk(min(k, scores.shape[-1]), -1)  # (T, k)
     places = torch.arange(best.indices.shape[-1], 0, -1.0, device=scores.device).expand_as(best.indices)
     points = torch.zeros(scores.shape[-1], device=scores.device)
-    points.index_add_(0, best.indices.flatten(), (places * best.values.isfinite()).flatten())
-    points = points.cpu()
+    return points.index_add_(0, best.indices.flatten(), (places * best.values.isfinite()).flatten())
+
+
+def in_order(points: torch.Tensor) -> npt.NDArray[np.int64]:
+    """The experts with points (E,), most first."""
     order = points.argsort(descending=True, stable=True)
     return order[: int((points > 0).sum())].numpy()
 

@@ -30,6 +30,7 @@ from offload.streaming import Streaming, StreamStats
 from offload.topology import Topology
 from offload.uploads import Uploads
 from offload.vram import Notice, VramSlots, VramStats
+from offload.warming import WarmStats
 
 Integers = npt.NDArray[np.integer]
 FEW_TOKENS = 32  # up to here reading an expert's weights takes the device longer than multiplying all tokens by them
@@ -159,6 +160,10 @@ class SplitExperts:
     def vram(self) -> VramStats:
         """What the slots did."""
         return self._vram.stats()
+
+    def warming(self) -> WarmStats | None:
+        """As `Experts.warming`."""
+        return self._host.warming()
 
     def streamed(self) -> StreamStats | None:
         """What went through the ring; None without one."""

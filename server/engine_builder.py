@@ -150,6 +150,8 @@ def _as_loaded(plan: Plan, engine: "Engine") -> Plan:
 def _engine_config(settings: ServerSettings, plan: Plan, stream_rates: StreamRates | None) -> EngineConfig:
     chosen = plan.settings
     dtype, narrow = engine_types(chosen.weights)
+    # On the CPU the device's part and the experts share cores and memory: nothing to gain there (tests.bench.overlap).
+    overlaps = settings.overlap == "auto" and chosen.device == "cuda"
     return EngineConfig(
         model=settings.model,
         device=chosen.device,
@@ -164,6 +166,9 @@ def _engine_config(settings: ServerSettings, plan: Plan, stream_rates: StreamRat
         narrow=narrow,
         kv_dtype=chosen.kv_dtype,
         embedding_in_ram=chosen.embedding_in_ram,
+        ping_pong="auto" if overlaps else "off",
+        handoff=overlaps,
+        graphs=overlaps,
         ring_bytes=chosen.ring,
         stream_rates=stream_rates,
         vram_slots=chosen.slots,

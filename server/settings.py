@@ -17,6 +17,7 @@ Dtype = Literal["auto", WeightDtype]
 ExpertTarget = Literal["native", "int8", "int4"]
 ExpertBackend = Literal["numba", "kt", "auto"]
 ExpertIsa = Literal["auto", Isa]
+Overlap = Literal["auto", "off"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
 
@@ -85,6 +86,14 @@ class ServerSettings:
     threads: int | None = field(
         default=None,
         metadata={"help": "worker threads for the experts (default: one for each physical core, up to the CPU quota)"},
+    )
+
+    overlap: Overlap = field(
+        default="auto",
+        metadata={
+            "help": "on cuda: workers start without waiting for the device, decode steps run from CUDA graphs and in "
+            "halves where that pays; off: one after the other"
+        },
     )
 
     max_model_len: int | None = field(

@@ -22,7 +22,7 @@ from hybrid.engine import Engine
 from hybrid.random_checkpoint import write_checkpoint
 from hybrid.trial_steps import pages_needed
 from offload.config import PoolConfig
-from tests import families
+from tests import families, gpu_overlap
 from tests.bench import machine
 from tests.bench.step import table
 from tests.bench.stepping import PAGE_SIZE, Stepper, checkpoint, mid_size_config, pages_for
@@ -53,10 +53,13 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as scratch:
         parity = [_parity(Path(scratch), family, given.against) for family in FAMILIES]
         narrow = narrow_checks(torch.device(given.against))
+        overlapped = gpu_overlap.parity(Path(scratch) / "Kimi-K2.5", given.against)
         steps = _timings(Path(scratch), given)
-    checked = {"parity": parity, "narrow": narrow, "steps": steps}
+        mid_size = checkpoint(Path(scratch), mid_size_config(given.experts_gb))
+        ways = gpu_overlap.times(mid_size, given.against, "bfloat16" if given.against == "cuda" else "float32")
+    checked = {"parity": parity, "narrow": narrow, "overlapped": overlapped, "steps": steps, "ways": ways}
     print(json.dumps({"bench": "gpu", "device": name, **machine.describe(), **checked}))
-    return 0 if all(result["passed"] for result in [*parity, *narrow]) else 1
+    return 0 if all(result["passed"] for result in (*parity, *narrow, *overlapped.values())) else 1
 
 
 def _parity(scratch: Path, family: str, device: Device) -> dict[str, Any]:

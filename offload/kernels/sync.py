@@ -31,7 +31,7 @@ from offload.kernels.intrinsics import (
 LINE = 64  # bytes, one cache line
 GENERATION = 0 * LINE  # waitable: job number, changes when a job is published
 CONTROL = 1 * LINE  # two lines, written by the submitter, read by all
-N_WORKERS, FUNCTION, ARGUMENT, FUTEX, STATUS, GONE = (CONTROL + 8 * i for i in range(6))
+N_WORKERS, FUNCTION, ARGUMENT, FUTEX, STATUS, GONE, SPINS = (CONTROL + 8 * i for i in range(7))
 PATIENCE = CONTROL + LINE  # a timespec: the longest sleep of a submitter, before it looks whether anybody moved
 DONE = 3 * LINE  # waitable: workers that have finished the job
 BARRIERS = 4 * LINE  # two waitable lines
@@ -46,6 +46,9 @@ SLEEPERS = 8  # byte offset of the sleepers count within a waitable line
 # Skylake) of `pause`. Where every core has a worker, the submitter shares one with a worker, and each keeps the other
 # from running while it spins: an empty job on two cores takes 80 us with 1000, 18 us with 100 (Zen 3, 2026-11-22).
 MEETING_SPINS, IDLE_SPINS = 1000, 100
+# Between the layers of a device, where there are processors to spare: its part of a decode step takes some 0.3 ms, and
+# waking every worker from its sleep would take a microsecond or two for each.
+PATIENT_SPINS = 20_000
 FUTEX_WAIT, FUTEX_WAKE, EVERYBODY = 128, 129, 2**31 - 1  # private to this process
 FUTEX_NUMBERS = {"x86_64": 202, "aarch64": 98, "riscv64": 98}  # the system call by architecture
 NAP = 100  # microseconds between looks where there is no futex
@@ -142,7 +145,7 @@ def serve(pool, worker):
     """A worker's life: run each published job once, until the job is 0."""
     seen = 0
     while True:
-        seen = wait_change(pool, pool + GENERATION, seen, IDLE_SPINS, 0)
+        seen = wait_change(pool, pool + GENERATION, seen, atomic_load(pool + SPINS), 0)
         function = atomic_load(pool + FUNCTION)
         if function == 0:
             return

@@ -57,7 +57,7 @@ class MappedExperts(Experts):
     def hint(self, layer: int, scores: torch.Tensor) -> None:
         """One page stands for an expert: where it is not in memory, all of the expert is asked for."""
         for expert in ranked(scores, self._k).tolist():
-            first = int(self._addresses[self._find(layer), expert, 0, 0])
+            first = int(self._job.addresses[self._find(layer), expert, 0, 0])
             middle = (first + self._expert_bytes // 2) // mmap.PAGESIZE * mmap.PAGESIZE
             answer = ctypes.create_string_buffer(1)
             if _libc.mincore(middle, mmap.PAGESIZE, answer) or not answer.raw[0] & 1:

@@ -3,8 +3,9 @@
 On the CPU as device, the device's part runs on one thread and the experts on workers with cores of their own, so the
 overlap is real, but both read the same memory. Steps are taken whole, halves, halves, whole, … on one engine, a
 mid-size random checkpoint; the ratio is of medians. `waiting` is the share of a step in which the device's thread did
-nothing but wait for the experts: what halves are to hide. `--gap-ms` keeps the device busy for so long in every layer
-and part without touching memory, as a GPU would be. The last line of stdout is one JSON document.
+nothing but wait for the experts: what halves are to hide. `--device-ms` puts in the device's place
+one that takes so long for a layer, whatever its rows, and touches no memory here, as a GPU would: it computes nothing,
+so only the times mean something. The last line of stdout is one JSON document.
 """
 
 import argparse
@@ -19,7 +20,8 @@ import torch
 
 from hybrid.config import EngineConfig
 from hybrid.engine import Engine
-from hybrid.lanes import Block, Lane
+from hybrid.layers import Mlp
+from hybrid.mla import Attention
 from hybrid.ping_pong import Mode
 from hybrid.trial_steps import TrialSteps, pages_needed
 from offload.config import PoolConfig
@@ -33,8 +35,8 @@ def main() -> int:
     """Run the bench; returns the exit status."""
     given = _arguments()
     torch.set_num_threads(given.device_threads)
-    if given.gap_ms:
-        busy(given.gap_ms * 1e-3)
+    if given.device_ms:
+        stand_in(given.device_ms * 1e-3)
     model = given.model or checkpoint(given.cache, mid_size_config(given.experts_gb))
     n_pages = pages_needed(PAGE_SIZE, given.context, given.context, max(given.batches), max(given.batches))
     pool = PoolConfig(threads=given.threads)
@@ -48,7 +50,7 @@ def main() -> int:
         "threads": given.threads,
         "device_threads": given.device_threads,
         "context": given.context,
-        "gap_ms": given.gap_ms,
+        "device_ms": given.device_ms,
     }
     print(
         json.dumps({"bench": "overlap", **machine.describe(), "torch": torch.__version__, **settings, "steps": found})
@@ -56,15 +58,15 @@ def main() -> int:
     return 0
 
 
-def busy(seconds: float) -> None:
-    """Let every part take so long on the device in every layer, beside what it takes there now."""
-    attend = Lane.attend
+def stand_in(seconds: float) -> None:
+    """A device that takes so long for every part's attention, and nothing for its MLPs."""
 
-    def longer(lane: Lane, block: Block) -> None:
-        attend(lane, block)
+    def sleeps(attention: Attention, x: torch.Tensor, *others: object) -> torch.Tensor:
         time.sleep(seconds)
+        return torch.zeros_like(x)
 
-    Lane.attend = longer  # type: ignore[method-assign]
+    Attention.__call__ = sleeps  # type: ignore[method-assign, assignment]
+    Mlp.__call__ = lambda mlp, x: torch.zeros_like(x)  # type: ignore[method-assign]
 
 
 def table(found: list[dict[str, Any]]) -> str:
@@ -115,7 +117,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--threads", type=int, default=1, help="expert workers")
     parser.add_argument("--device-threads", type=int, default=1, help="torch's threads")
-    parser.add_argument("--gap-ms", type=float, default=0.0, help="the device's time in a layer that takes no CPU")
+    parser.add_argument("--device-ms", type=float, default=0.0, help="a stand-in for the device (default: none)")
     parser.add_argument("--context", type=int, default=128, help="tokens in the cache")
     parser.add_argument("--batches", type=_numbers, default=(2, 4, 8, 16), help="batch sizes, as 2,4")
     parser.add_argument("--steps", type=int, default=12, help="timed steps of each way and batch size")

@@ -140,7 +140,7 @@ def test_the_words_of_a_pool_do_not_overlap() -> None:
     lines += [sync.BARRIERS + i * sync.LINE for i in range(sync.N_BARRIERS)]
     lines += [sync.COUNTERS + i * sync.LINE for i in range(sync.N_COUNTERS * MAX_NODES)]
     assert [*lines, sync.WORKERS] == [i * sync.LINE for i in range(len(lines) + 1)]
-    assert sync.GONE < sync.PATIENCE
+    assert max(sync.GONE, sync.SPINS) < sync.PATIENCE
 
 
 def test_thousands_of_random_jobs_with_more_workers_than_cores() -> None:
@@ -204,6 +204,18 @@ def test_idle_workers_sleep_in_the_kernel(pool: WorkerPool) -> None:
         time.sleep(0.001)
     assert pool._read(sync.GENERATION + sync.SLEEPERS) == pool.n_workers
     run(pool, count, np.zeros(pool.n_workers, np.int64))
+
+
+@pytest.mark.parametrize(("n_cpus", "spins"), [(9, sync.PATIENT_SPINS), (3, sync.IDLE_SPINS)])
+def test_workers_spin_for_longer_only_where_that_leaves_processors(
+    monkeypatch: pytest.MonkeyPatch, n_cpus: int, spins: int
+) -> None:
+    pool = WorkerPool([Place(None, 0)] * 2)
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(n_cpus)))
+    pool.spin_between_jobs()
+    assert pool._read(sync.SPINS) == spins
+    test_idle_workers_sleep_in_the_kernel(pool)
+    pool.close()
 
 
 def test_without_futex_workers_nap(monkeypatch: pytest.MonkeyPatch) -> None:
