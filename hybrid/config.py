@@ -9,12 +9,14 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from hybrid.config_json import ConfigError as ConfigError
 from hybrid.config_json import Fields, read_object
 from offload.config import ExpertFormat, ExpertGeometry, PoolConfig, Projection
-from offload.stream_split import StreamRates
+
+if TYPE_CHECKING:  # for readers of plans, who import no numpy
+    from offload.stream_split import StreamRates
 
 ModelType = Literal["kimi_k25", "kimi_k2", "deepseek_v3", "deepseek_v2"]
 TopkMethod = Literal["noaux_tc", "greedy", "group_limited_greedy"]
@@ -277,7 +279,7 @@ class EngineConfig:
     kv_dtype: KvDtype = "model"
     embedding_in_ram: bool = False
     ring_bytes: int = 0
-    stream_rates: StreamRates | None = None
+    stream_rates: "StreamRates | None" = None
     ping_pong: Literal["off", "auto", "on"] = "off"
     handoff: bool | None = None
     warm: bool = False

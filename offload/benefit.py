@@ -17,7 +17,7 @@ class Spent:
 
     hits: int = 0  # experts that the device ran
     uploads: int = 0  # into slots that held another expert: filling the empty ones pays off later
-    experts: int = 0  # that the CPU ran
+    experts: int = 0  # that the CPU ran in layers of which the device ran none
     seconds: float = 0.0  # for these
     late: float = 0.0  # seconds that layers waited for the device
 
@@ -36,6 +36,7 @@ class Benefit:
         self.uploads = True  # whether experts may be uploaded
         self.hits = True  # whether those in slots may be used: without even the uploads' cost they were a loss
         self._spent, self._steps, self._rest = Spent(), 0, 0
+        self._each = 0.0  # seconds of the CPU for an expert, as last known
         self.won = 0.0  # seconds, over all windows
 
     def step(self, spent: Spent) -> bool:
@@ -45,9 +46,10 @@ class Benefit:
         if self._steps < WINDOW:
             return False
         spent, self._spent, self._steps = self._spent, Spent(), 0
-        each = spent.seconds / spent.experts if spent.experts else 0.0
-        saved = spent.hits * each - spent.late
-        net = saved - spent.uploads * each
+        if spent.experts:
+            self._each = spent.seconds / spent.experts
+        saved = spent.hits * self._each - spent.late
+        net = saved - spent.uploads * self._each
         self.won += net
         if self._rest:
             self._rest -= 1

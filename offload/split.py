@@ -241,6 +241,7 @@ class SplitExperts:
 
     def _ran(self, n_experts: int, seconds: float, lap: Any) -> None:
         """A layer is over: `n_experts` by the CPU in so long."""
-        self._vram.spend(n_experts, seconds, 0.0)
-        if lap is not None:
+        if lap is None:  # else starting the device's work is in these seconds
+            self._vram.spend(n_experts, seconds, 0.0)
+        else:
             self._laps.append((lap, seconds))
