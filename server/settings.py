@@ -89,10 +89,10 @@ class ServerSettings:
     )
 
     overlap: Overlap = field(
-        default="auto",
+        default="off",
         metadata={
-            "help": "on cuda: workers start without waiting for the device, decode steps run from CUDA graphs and in "
-            "halves where that pays; off: one after the other"
+            "help": "auto on cuda: workers start without waiting for the device, decode steps run from CUDA graphs and in "
+            "halves where that pays; not timed on a GPU yet"
         },
     )
 

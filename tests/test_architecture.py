@@ -48,7 +48,7 @@ TERMINAL = {  # may print
 SPEAKING_INIT = REPO / "offload" / "kernels" / "__init__.py"  # names numba's cache directory: the one that does things
 HEAVY = ("torch", "numba", "llvmlite", "transformers")
 
-MOST_FILE, MOST_TEST_FILE, MOST_FUNCTION, MOST_TOTAL = 400, 600, 60, 31_500  # lines
+MOST_FILE, MOST_TEST_FILE, MOST_FUNCTION, MOST_TOTAL = 400, 600, 60, 34_000  # lines
 
 # Imports modules by name in one fresh interpreter. Before each one everything of ours is forgotten, so that each must
 # import on its own.

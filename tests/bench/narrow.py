@@ -102,7 +102,9 @@ class Subject:
             for text in self._texts:
                 pages = tuple(range(-(-len(text.ids) // PAGE)))
                 inputs = upload(Batch((Row(0, text.ids, 0, pages),)), PAGE, CPU)
-                found.append(model.logits(model.hidden(inputs, cache)[list(text.places)]).log_softmax(-1))
+                found.append(
+                    model.logits(model.hidden([model.lane([inputs], cache)])[list(text.places)]).log_softmax(-1)
+                )
         return found
 
     def _error(self, name: str, found: Matrix) -> float:

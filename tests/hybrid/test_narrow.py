@@ -249,7 +249,9 @@ def test_a_narrow_model_computes_with_the_decoded_weights_everywhere(
         cache = allocate(made.config, 4, 16, torch.float32, CPU)
         with torch.inference_mode():
             ids = tuple(range(7, 47))
-            return model.logits(model.hidden(upload(Batch((Row(0, ids, 0, (2, 0, 3)),)), 16, CPU), cache))
+            return model.logits(
+                model.hidden([model.lane([upload(Batch((Row(0, ids, 0, (2, 0, 3)),)), 16, CPU)], cache)])
+            )
 
     found, expected = (logits(build_model(made.config, one, NoExperts(), path)) for one in (narrow, wide))
     other = logits(build_model(made.config, made.load(None), NoExperts(), path))
