@@ -108,9 +108,9 @@ class CapturedLane(Lane):
 
     def __init__(self, inputs: StaticInputs, model: Transformer, cache: LatentCache, record: Recorder) -> None:
         """Captures nothing yet."""
-        start = model.embed.new_zeros(inputs.rows, model.embed.shape[1])
+        start = torch.zeros(inputs.rows, model.embed.shape[1], dtype=model.embed.dtype, device=model.norm.device)
         super().__init__(start, [inputs.step], cache, model.rope, model.eps)
-        self._static, self._model, self._record = inputs, model, record
+        self._static, self._model, self._record, self._start = inputs, model, record, start
         self._table = self._pieces[0][2]
         self._sum = torch.zeros_like(start)  # what the routed experts said
         self._said: tuple[torch.Tensor, ...] = ()  # that and what the shared expert said, not yet added
@@ -124,8 +124,10 @@ class CapturedLane(Lane):
         self._static.fill(rows)
         self._n_rows, self._next = len(rows), 0
         self._routed, self._pending, self._said = None, None, ()
-        self.x, *table = self._run(lambda: (model.embedded(step.ids), *model.rope.table(step.positions)))
-        self._table = table[0], table[1]
+        self._start.copy_(model.embedded(step.ids))  # never captured: the embedding may lie in RAM
+        self.x = self._start
+        cos, sin = self._run(lambda: model.rope.table(step.positions))
+        self._table = cos, sin
 
     def attend(self, block: Block) -> None:
         """As eagerly, in one launch."""

@@ -91,8 +91,8 @@ class ServerSettings:
     overlap: Overlap = field(
         default="off",
         metadata={
-            "help": "auto on cuda: workers start without waiting for the device, decode steps run from CUDA graphs and in "
-            "halves where that pays; not timed on a GPU yet"
+            "help": "auto on cuda: workers start without waiting for the device, decode steps run from CUDA graphs and "
+            "in halves where that pays; not timed on a GPU yet"
         },
     )
 

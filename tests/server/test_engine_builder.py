@@ -9,9 +9,9 @@ import hybrid.engine
 from hybrid.batch import Batch, Row, Sampling
 from hybrid.config import KvDtype, ModelConfig
 from hybrid.random_checkpoint import write_checkpoint
-from placement.ledger import group_of
 from placement.plan import WeightDtype, write_plan
 from placement.probe import find_hardware
+from placement.tensor_bytes import group_of
 from server.engine_builder import build_engine
 from server.engine_process import Built
 from server.settings import ServerSettings
