@@ -112,8 +112,7 @@ def test_the_same_answers(plain: Engine, number: int) -> None:
             found, stats = run(engine, seed)
             check(found, run(plain, seed)[0], (chosen, seed))
             preempted, promoted = preempted + stats.preemptions, promoted + stats.promoted
-        assert preempted > 0
-        assert (promoted > 0) == ("tier" in chosen)
+        assert promoted if "tier" in chosen else preempted and not promoted, "no page was ever short"
         slots, ring = engine.vram(), engine.streamed()
         assert (slots is not None and slots.hits > 0) == ("slots" in chosen)
         assert (ring is not None and ring.experts > 0) == ("ring" in chosen)
