@@ -258,7 +258,7 @@ def _splits(task: Task, layout: Layout, market: SlotMarket) -> Iterator[Layout]:
     longest = layout.max_model_len or task.model.max_position_embeddings
     useful = -(-longest // layout.page_size) * layout.max_running * page  # more pages could never be in use
     decoding = workspace_bytes(task.model, replace(layout, slots=(1,))) - workspace_bytes(task.model, layout)
-    for n in _slot_counts(task, layout, spare - decoding, ram_left, want):
+    for n in _slot_counts(task, layout, spare - decoding, ram_left, want, market.worth):
         slots = market.deal(n)
         taken = n * task.expert + (decoding if n else 0)
         left = layout.kv_bytes if layout.kv_bytes is not None else spare - taken
@@ -289,8 +289,8 @@ def _most_in_ram(task: Task, layout: Layout, spare: int, ram_left: int) -> int:
     return max(0, min(ram_left, spare * task.model.num_hidden_layers // 2))
 
 
-def _slot_counts(task: Task, layout: Layout, spare: int, ram_left: int, want: int) -> list[int]:
-    """Numbers of slots worth pricing: even steps, all that the goal's KV leaves, and what RAM lacks."""
+def _slot_counts(task: Task, layout: Layout, spare: int, ram_left: int, want: int, worth: int) -> list[int]:
+    """Numbers of slots worth pricing: even steps, all that the goal's KV leaves, what RAM lacks, all `worth` having."""
     most = min(max(0, spare) // task.expert, task.routing.shares.size)
     if layout.kv_bytes is not None:
         buffers = kv_buffer_bytes(task.model, _beyond(task, layout, want - layout.kv_bytes))
@@ -302,7 +302,7 @@ def _slot_counts(task: Task, layout: Layout, spare: int, ram_left: int, want: in
     buffers = kv_buffer_bytes(task.model, _beyond(task, layout, want))
     most = min(most, max(0, spare - buffers - page_bytes(task.model, layout)) // task.expert)
     even = {round(most * step / SPLITS) for step in range(SPLITS + 1)}
-    return sorted(even | {beside_kv, lacking})
+    return sorted(even | {beside_kv, lacking, min(most, worth)})
 
 
 def _pages(task: Task, layout: Layout, requests: int) -> int:

@@ -11,6 +11,8 @@ Knows no models and no devices. Called by the planner.
 import numpy as np
 import numpy.typing as npt
 
+NOTHING = 1e-9  # of the largest value: what is left of a subtraction
+
 
 class SlotMarket:
     """Values sorted once, dealt for any number of slots. `values` (L, E): seconds saved by each layer's n-th slot."""
@@ -22,6 +24,7 @@ class SlotMarket:
         # Equal values: first slots before second ones, so that equal layers get equal shares.
         order = np.argsort(-reachable.T.ravel(), kind="stable")
         self._layers = np.tile(np.arange(self._n_layers), n_slots)[order]
+        self.worth = int(np.count_nonzero(reachable > NOTHING * reachable.max(initial=0.0)))  # slots that save anything
 
     def deal(self, n: int) -> tuple[int, ...]:
         """Slots of each layer, `n` in all (fewer where the experts end); () for none."""

@@ -236,7 +236,7 @@ def test_24_gb_serve_k25_with_narrow_weights() -> None:
     made = plan(box(SMALL), servable=True)
     assert made.settings.weights == "int8" and made.lacking == ()
     assert "bfloat16: the device (NVIDIA GeForce RTX 4090) has 24.70 GB free" in reason(made, "weights")
-    assert 16 * made.settings.pages_on_device > 100_000
+    assert 16 * made.settings.pages_on_device > 50_000 and sum(made.settings.slots) > 100
     with pytest.raises(DoesNotFit, match=r"this fits: --dtype int8$") as caught:
         plan(box(SMALL), servable=True, dtype="bfloat16")
     nearest = caught.value.nearest

@@ -276,7 +276,7 @@ def test_no_time_changes_nothing(directory: Path, plan: Plan) -> None:
 
 
 def test_a_plan_beyond_this_engine_is_refused(directory: Path, plan: Plan) -> None:
-    with pytest.raises(TuneError, match="KV in RAM, which this engine does not do; plan with --servable"):
+    with pytest.raises(TuneError, match="KV streamed from RAM, which this engine does not do; plan with --servable"):
         Log().tune(directory, replace(plan, settings=replace(plan.settings, pages_in_ram=1)), 1.0)
 
 

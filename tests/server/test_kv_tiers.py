@@ -72,8 +72,7 @@ def test_moves_wait_for_a_batch_that_takes_them() -> None:
 def test_pages_on_their_way_take_time_in_the_simulation(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = StepCost(2.0, {"link": 0.5, "weights": 1.5}, {"link": 7.0}, 1.0, "weights")
     monkeypatch.setattr(simulate, "step_cost", lambda rates, load: plain)
-    model = SimpleNamespace(kv_bytes_per_token=lambda item: 50 * item)
-    rates = SimpleNamespace(model=model, kv_item=2, hand_over=(0.001, 0.0001))
+    rates = SimpleNamespace(kv_token=100, hand_over=(0.001, 0.0001))
     cost = simulate.clock(rates, page_size=10)  # type: ignore[arg-type]
     rows = (Row(1, ids=(5,), position=0, pages=(0,)),)
     assert cost(Batch(rows)) == plain

@@ -103,8 +103,8 @@ def test_slots_of_another_model_are_refused(tmp_path: Path, model: ModelConfig, 
 
 def test_all_that_is_lacking_is_named(tmp_path: Path, model: ModelConfig, hardware: Hardware) -> None:
     path = tmp_path / "plan.yaml"
-    write_plan(path, plans.plan(model, hardware, experts_leave_ram=True, embedding_in_ram=True))
-    assert "the plan needs embedding in RAM, experts leaving RAM, which" in refusal(path, model, hardware)
+    write_plan(path, plans.plan(model, hardware, experts_leave_ram=True, pages_in_ram=5))
+    assert "the plan needs KV streamed from RAM, experts leaving RAM, which" in refusal(path, model, hardware)
 
 
 def test_experts_that_cannot_be_made(tmp_path: Path, model: ModelConfig, hardware: Hardware) -> None:
@@ -123,7 +123,7 @@ def test_a_ring_reaches_the_engine_and_its_bytes_the_ledger(
         settings = with_plan(ServerSettings(model=tmp_path), plan, model)
         config = _engine_config(settings, plan, rates if ring else None)
         assert (config.ring_bytes, config.stream_rates) == (ring, rates if ring else None)
-        wishes = Wishes("bfloat16", max_model_len=200, kv_bytes=settings.kv_memory, page_size=8)
+        wishes = Wishes("bfloat16", max_model_len=200, kv_bytes=settings.kv_memory, kv_ram=settings.kv_ram, page_size=8)
         facts = Facts("cuda", "GPU", 8 * gib, 7 * gib, 8 * gib, 7 * gib)
         placement = _still_fits(plan, model, facts, wishes, tmp_path)
         assert [entry.n_bytes for entry in placement.entries if entry.what.startswith("ring")] == [ring] * bool(ring)

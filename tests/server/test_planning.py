@@ -87,7 +87,6 @@ def test_a_plan_is_compared_with_what_was_there_before(
         (["--dtype", "fp8"], ("settings", "weights"), "fp8"),
         (["--kv-dtype", "int8"], ("settings", "kv_dtype"), "int8"),
         (["--expert-format", "int8"], ("settings", "expert_format"), "int8"),
-        (["--servable"], ("settings", "ring"), "0 B"),
     ],
 )
 def test_flags_reach_the_plan(
@@ -114,8 +113,11 @@ def test_a_recorded_routing_reaches_the_plan(k25: str, tmp_path: Path, capsys: p
     speeds = []
     for options in ([], ["--routing", str(record)]):
         assert main(["plan", k25, "--profile", C, "--json", *options]) == 0
-        speeds.append(json.loads(said(capsys)[0])["prediction"]["decode"][0]["tokens_per_second"])
-    assert speeds[1] > 1.3 * speeds[0]
+        made = json.loads(said(capsys)[0])
+        speeds.append(made["prediction"]["prefill"][-1]["tokens_per_second"])
+    assert speeds[1] > 1.3 * speeds[0]  # eight experts of a layer read a prompt, not 384
+    # Of these eight one each: decoding a second one on the device takes longer than the CPU does for the others.
+    assert made["settings"]["slots"] == [1] * 60
 
 
 @pytest.mark.parametrize(
