@@ -15,7 +15,11 @@ from hybrid.nano.data import READ_FILE, SEARCH, phrase, tools_with
 CREATE = tool_of("create_subagent", "Create a sub-agent with a role of its own.", name="", system_prompt="")
 ASSIGN = tool_of("assign_task", "Give a sub-agent a task; calls in one turn run in parallel.", agent="", prompt="")
 ORCHESTRATOR = "You are Kimi. Split work among sub-agents."
-_SYSTEM = [ORCHESTRATOR, "You are Kimi, an orchestrator.", "Use sub-agents for work on many items."]
+_RUNTIME = (  # of `hybrid swarm`
+    "You are Kimi, an orchestrator. Split work that can be done in parallel among sub-agents: create them with a clear "
+    "role, give each its task in one turn, do the rest yourself, and answer from the results."
+)
+_SYSTEM = [ORCHESTRATOR, "You are Kimi, an orchestrator.", "Use sub-agents for work on many items.", *2 * [_RUNTIME]]
 _CREATED = ["{} is ready.", "created {}", "ok", "Sub-agent {} created.", '{{"name": "{}"}}']
 _LONG = 12  # items
 _MERGED = 40  # items; longer conversations always end with the fan-out
@@ -96,7 +100,7 @@ def _swarm(
     merged: bool = True,
 ) -> Conversation:
     what = words.a_property(rng, held_out)
-    talk = Conversation(rng.random() < 0.5, tools_with(rng, [CREATE, ASSIGN], 2), copied=[what, *items])
+    talk = Conversation(rng.random() < 0.5, tools_with(rng, [CREATE, ASSIGN], 4), copied=[what, *items])
     if rng.random() < 0.7:
         talk.system(rng.choice(_SYSTEM))
     talk.user(phrase(rng, job.asked, held_out).format(property=what, items=listed or words.listed(rng, items)))

@@ -77,7 +77,7 @@ PHASES = (
     Phase("basics", BASICS, 1700, 6000, {"tool": 0.8, "fan-out 4": 0.5, "sum think": 0.5}, quantised=False, rate=0.4),
     Phase("full", FULL, 2200, 6000, {"tool": 0.97, "fan-out 4": 0.97, "fan-out 10": 0.8, "sum think": 0.97}, rate=0.4),
     Phase("decay", FULL, 2400, 9500, probed_every=1000, decays=True, rate=0.4),
-    Phase("long lists", LONG_LISTS, 2400, 5000, probed_every=1000, decays=True, rate=0.3),
+    Phase("long lists", LONG_LISTS, 2400, 5500, probed_every=1000, decays=True, rate=0.3),
 )
 
 
