@@ -24,7 +24,7 @@ from server.agents.run import RunFailed
 from server.options import SettingsError
 from server.upstream import Upstream, UpstreamError, server_url
 
-FAILURE, CONFIGURATION, INTERRUPTED = 1, 78, 130
+FAILURE, CONFIGURATION, INTERRUPTED, TERMINATED = 1, 78, 130, 143
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -85,7 +85,7 @@ def _chat(given: argparse.Namespace, environ: Mapping[str, str]) -> int:
         else:
             chat_client.converse(client)
     except UpstreamError as error:
-        return _fail(str(error), FAILURE)
+        return _fail(chat_client.printable(str(error)), FAILURE)
     return 0
 
 
@@ -93,7 +93,7 @@ def _swarm(given: argparse.Namespace, environ: Mapping[str, str]) -> int:
     from server import swarm
 
     try:
-        tools = swarm.base_tools(given.workspace, given.search_url)
+        tools = swarm.base_tools(Path(given.workspace) if given.workspace else None, given.search_url)
     except OSError as error:
         return _fail(f"--workspace {given.workspace}: {error.strerror}; name a directory", CONFIGURATION)
     asked = swarm.Swarm(
@@ -106,8 +106,12 @@ def _swarm(given: argparse.Namespace, environ: Mapping[str, str]) -> int:
     try:
         outcome = asyncio.run(asked.run(" ".join(given.task), Console(stderr=True)))
     except (RunFailed, JournalError) as error:
-        return _fail(str(error), FAILURE)
-    print(chat_client.printable(outcome.answer) if sys.stdout.isatty() else outcome.answer)
+        return _fail(chat_client.printable(str(error)), FAILURE)
+    except asyncio.CancelledError:
+        return TERMINATED
+    if sys.stdout is not None:
+        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+        print(chat_client.printable(outcome.answer) if sys.stdout.isatty() else outcome.answer)
     _tell(swarm.cost_of(outcome))
     return FAILURE if outcome.limit else 0
 
@@ -202,7 +206,8 @@ def _installed(package: str) -> str:
 
 
 def _tell(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    if sys.stderr is not None:
+        print(text, file=sys.stderr, flush=True)
 
 
 def _fail(text: str, status: int) -> int:

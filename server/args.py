@@ -162,7 +162,7 @@ def _add_swarm(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
     swarm.add_argument("task", nargs="+", help="what to do")
     _add_upstream(swarm)
-    swarm.add_argument("--workspace", type=Path, metavar="DIR", help="let agents read, write and list files in here")
+    swarm.add_argument("--workspace", type=_filled, metavar="DIR", help="let agents read, write and list files in here")
     swarm.add_argument("--search-url", metavar="URL", help="let agents search the web with this SearXNG")
     swarm.add_argument("--log", type=Path, metavar="FILE", help="SQLite file of all runs (default: in XDG_STATE_HOME)")
     for flag, limit, what in LIMITS:

@@ -89,13 +89,12 @@ class _Reply:
         self._reasoned = False
 
     def show(self, event: Json) -> None:
-        for choice in event.get("choices", ()):
-            delta = choice.get("delta", {})
-            self._reason(delta.get("reasoning_content") or delta.get("reasoning") or "")
-            self._answer(delta.get("content") or "")
-            for call in delta.get("tool_calls") or ():
-                function = call.get("function", {})
-                self._answer((function.get("name") or "") + (function.get("arguments") or ""))
+        for choice in event["choices"]:
+            delta = choice["delta"]
+            self._reason(delta["reasoning_content"] or delta["reasoning"])
+            self._answer(delta["content"])
+            for call in delta["tool_calls"]:
+                self._answer(call["name"] + call["arguments"])
 
     def end(self) -> None:
         if self.text and not self.text.endswith("\n"):

@@ -4,8 +4,10 @@ The answer goes to standard output, the tree of agents and the cost to standard 
 """
 
 import asyncio
+import contextlib
 import secrets
-from collections.abc import Mapping, Sequence
+import signal
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,9 +45,11 @@ class Swarm:
             with View(console, self.limits.tool_calls) as view:
                 showing = asyncio.create_task(_show(journal, name, view))
                 try:
-                    return await Run(name, journal, model, self.tools, self.limits, view.told).go(task)
+                    with _ended_by_signals():
+                        return await Run(name, journal, model, self.tools, self.limits, view.told).go(task)
                 finally:
                     showing.cancel()
+                    await asyncio.wait([showing])
         finally:
             await journal.close()
 
@@ -69,6 +73,20 @@ def cost_of(outcome: Outcome) -> str:
         f"{outcome.steps} steps, {outcome.critical_steps} of them one after another; {outcome.tool_calls} tool calls, "
         f"{outcome.tokens:,} tokens, {outcome.seconds:.1f} s{limit}"
     )
+
+
+@contextlib.contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """A signal that would end the process ends the run, so that the log and the terminal are left in order."""
+    loop, run = asyncio.get_running_loop(), asyncio.current_task()
+    assert run is not None, "within a task"
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        loop.add_signal_handler(number, run.cancel)
+    try:
+        yield
+    finally:
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            loop.remove_signal_handler(number)
 
 
 async def _show(journal: Journal, run: str, view: View) -> None:

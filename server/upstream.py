@@ -12,6 +12,7 @@ from typing import Any
 import aiohttp
 
 Json = dict[str, Any]
+MOST_CALLS = 4096  # of one turn
 
 
 class UpstreamError(RuntimeError):
@@ -37,7 +38,8 @@ class Upstream:
     async def stream(self, body: Json) -> AsyncGenerator[Json, None]:
         """The events of a streamed chat completion; closing the iterator cancels it on the server.
 
-        Raises UpstreamError.
+        `choices` with a `delta` each: texts `content`, `reasoning_content` and `reasoning`, and `tool_calls` with
+        index, id, name and arguments; `usage`, None or the counts prompt, cached and completion. Raises UpstreamError.
         """
         try:
             async with self._session() as session:
@@ -45,12 +47,12 @@ class Upstream:
                 async with session.post(f"{self.url}/v1/chat/completions", json=body) as response:
                     await _check(response)
                     async for event in _events(response):
-                        if "error" in event:
-                            raise UpstreamError(str(event["error"].get("message", event["error"])))
-                        yield event
+                        if error := event.get("error"):
+                            raise UpstreamError(str(error.get("message", error) if isinstance(error, dict) else error))
+                        yield _checked(event)
         except aiohttp.ClientError as error:
             raise UpstreamError(f"{self.url}: {error}; is the server running? (hybrid serve)") from None
-        except (ValueError, LookupError, TypeError, AttributeError):
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             raise UpstreamError(f"{self.url}: what answers there is no OpenAI-compatible server") from None
 
     @asynccontextmanager
@@ -102,3 +104,36 @@ async def _events(response: aiohttp.ClientResponse) -> AsyncIterator[Json]:
             if data == b"[DONE]":
                 return
             yield json.loads(data)
+
+
+def _checked(event: Json) -> Json:
+    """The event in the shape that its readers count on; raises TypeError or ValueError for another."""
+    choices = []
+    for choice in event.get("choices") or ():
+        delta = choice.get("delta") or {}
+        calls = [_call(call, i) for i, call in enumerate(delta.get("tool_calls") or ())]
+        texts = {name: _text(delta.get(name)) for name in ("content", "reasoning_content", "reasoning")}
+        choices.append({**choice, "delta": {**texts, "tool_calls": calls}})
+    usage = event.get("usage") or None
+    if usage is not None:
+        cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens")
+        counts = {"prompt": usage.get("prompt_tokens"), "cached": cached, "completion": usage.get("completion_tokens")}
+        usage = {name: int(count or 0) for name, count in counts.items()}
+    return {"choices": choices, "usage": usage}
+
+
+def _call(call: Json, place: int) -> Json:
+    function, index = call.get("function") or {}, call.get("index")
+    index = place if index is None else int(index)
+    if not 0 <= index < MOST_CALLS:
+        raise ValueError(index)
+    return {"index": index, "id": _text(call.get("id")), **{k: _text(function.get(k)) for k in ("name", "arguments")}}
+
+
+def _text(value: object) -> str:
+    """Text that every file and terminal can hold: half an emoji, as models write, becomes a replacement character."""
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise TypeError(value)
+    return value.encode(errors="surrogatepass").decode("utf-8", errors="replace") if not value.isascii() else value

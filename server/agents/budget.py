@@ -1,4 +1,4 @@
-"""What a run of agents may spend, and what it has spent. Hard limits: asked before every turn and every call.
+"""What a run of agents may spend, and what it has spent. Asked before every turn and call; time ends turns too.
 
 Called by `run.py`.
 """
@@ -15,7 +15,7 @@ class Limits:
     tokens: int = 5_000_000  # read and written, cached ones too
     tool_calls: int = 1500
     subagents: int = 100  # created, and tasks at work at once
-    orchestrator_steps: int = 100  # turns that call tools
+    orchestrator_steps: int = 100  # turns
     subagent_steps: int = 100
     tool_seconds: float = 120.0  # of one call, but not of a sub-agent's task
     output_bytes: int = 100_000  # of one tool result
@@ -39,19 +39,26 @@ class Budget:
         """Since the start."""
         return time.monotonic() - self._began
 
-    def check_turn(self, steps: int, most_steps: int) -> None:
-        """Before a turn. Raises Spent."""
-        if self.seconds >= self.limits.seconds:
-            raise Spent(f"{self.limits.seconds:g} seconds have passed")
+    @property
+    def seconds_left(self) -> float:
+        """Not below zero."""
+        return max(0.0, self.limits.seconds - self.seconds)
+
+    def check(self) -> None:
+        """Before a turn, and before a call. Raises Spent."""
+        if not self.seconds_left:
+            raise Spent(self.late)
         if self.tokens >= self.limits.tokens:
             raise Spent(f"{self.tokens:,} of {self.limits.tokens:,} tokens are used")
-        if self.tool_calls >= self.limits.tool_calls:
-            raise Spent(f"all {self.limits.tool_calls:,} tool calls are made")
-        if steps >= most_steps:
-            raise Spent(f"all {most_steps} steps of this agent are taken")
+
+    @property
+    def late(self) -> str:
+        """That the time is over."""
+        return f"{self.limits.seconds:g} seconds have passed"
 
     def take_call(self) -> None:
         """One more tool call. Raises Spent where there is none left."""
+        self.check()
         if self.tool_calls >= self.limits.tool_calls:
             raise Spent(f"all {self.limits.tool_calls:,} tool calls of the run are made")
         self.tool_calls += 1

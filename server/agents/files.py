@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import errno
 import os
+import secrets
 import stat
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -66,7 +67,7 @@ class _Workspace:
 
     def read(self, path: str) -> str:
         with self._parent(path) as (directory, name):
-            with open(_plain_file(path, name, os.O_RDONLY, directory), "rb") as stream:
+            with _plainly(path), open(_plain_file(path, name, os.O_RDONLY, directory), "rb") as stream:
                 raw = stream.read(MOST_READ + 1)
         if len(raw) > MOST_READ:
             raise ToolError(f"{path}: larger than {MOST_READ:,} bytes")
@@ -76,20 +77,34 @@ class _Workspace:
         raw = content.encode(errors="replace")
         if len(raw) > MOST_WRITTEN:
             raise ToolError(f"{path}: more than {MOST_WRITTEN:,} bytes")
-        with self._parent(path, make=True) as (directory, name):
-            # Not truncated before it is known to be a plain file; hard links to outside cannot be made by these tools.
-            file = _plain_file(path, name, os.O_WRONLY | os.O_CREAT, directory)
-            with open(file, "wb", buffering=0) as stream, _plainly(path):
-                stream.truncate()
-                stream.write(raw)
+        with self._parent(path, make=True) as (directory, name), _plainly(path):
+            with contextlib.suppress(FileNotFoundError):
+                there = os.stat(name, dir_fd=directory, follow_symlinks=False)
+                if not stat.S_ISREG(there.st_mode):
+                    raise ToolError(f"{path}: {NO_LINK if stat.S_ISLNK(there.st_mode) else 'not a plain file'}")
+            # A file of its own, then one move: nobody reads half a text, and a full disk leaves the old one.
+            part = f".{secrets.token_hex(8)}.part"
+            file = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644, dir_fd=directory)
+            try:
+                with open(file, "wb") as stream:
+                    stream.write(raw)
+                os.replace(part, name, src_dir_fd=directory, dst_dir_fd=directory)
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    os.unlink(part, dir_fd=directory)
+                raise
         return f"wrote {len(raw):,} bytes to {path}"
 
     def listed(self, path: str) -> str:
         parts = _parts(path)
         with contextlib.ExitStack() as opened:
             directory = self._descend(opened, path, parts, make=False)
-            with os.scandir(directory) as entries:
+            # Opened anew: the place in a directory belongs to the open file, and others list the workspace too.
+            listing = _open(path, ".", os.O_RDONLY | os.O_DIRECTORY, directory)
+            opened.callback(os.close, listing)
+            with _plainly(path), os.scandir(listing) as entries:
                 names = sorted(f"{one.name}/" if one.is_dir(follow_symlinks=False) else one.name for one in entries)
+            names = [os.fsencode(name).decode(errors="replace") for name in names]
         more = [f"[{len(names) - MOST_LISTED:,} more]"] if len(names) > MOST_LISTED else []
         return "\n".join([*names[:MOST_LISTED], *more]) or "(empty)"
 

@@ -69,8 +69,9 @@ class Journal:
         self._followers: dict[str, set[asyncio.Queue[Event | None]]] = {}
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch(0o600)  # prompts and files of the user are in it
             self._base = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
-            for pragma in ("journal_mode=WAL", "synchronous=NORMAL", "busy_timeout=5000"):
+            for pragma in ("journal_mode=WAL", "synchronous=NORMAL", "busy_timeout=60000"):
                 self._base.execute(f"PRAGMA {pragma}")
             (version,) = self._base.execute("PRAGMA user_version").fetchone()
             if version not in (0, VERSION):
@@ -91,7 +92,7 @@ class Journal:
         )  # its number comes with the writing: no gap after an error
         written = asyncio.get_running_loop().create_future()
         self._waiting.append((event, written))
-        if self._flushing is None:
+        if self._flushing is None or self._flushing.done():
             self._flushing = asyncio.create_task(self._flush())
         return await asyncio.shield(written)
 
@@ -138,7 +139,7 @@ class Journal:
 
     async def close(self) -> None:
         """Write what waits and close the file."""
-        while self._flushing is not None:
+        while self._flushing is not None and not self._flushing.done():
             await asyncio.wait([self._flushing])
         self._thread.shutdown()
         self._base.close()
@@ -154,10 +155,12 @@ class Journal:
             try:
                 await self._in_thread(partial(self._write, events))
             except JournalError as error:
-                for _, written in batch:
-                    written.set_exception(error)
-                    written.exception()  # whoever appended may have been cancelled
+                _refuse(batch, error)
                 continue
+            except BaseException as error:
+                _refuse(batch, JournalError(f"{self._path}: {error!r}"))
+                self._flushing = None
+                raise
             self._next |= {event.run: following[event.run] for event in events}
             for event, (_, written) in zip(events, batch, strict=True):
                 self._deliver(event)
@@ -165,7 +168,7 @@ class Journal:
         self._flushing = None
 
     def _write(self, events: list[Event]) -> None:
-        rows = [(e.run, e.seq, e.at, e.agent, e.kind, json.dumps(e.data, ensure_ascii=False)) for e in events]
+        rows = [(e.run, e.seq, e.at, e.agent, e.kind, json.dumps(e.data)) for e in events]
         self._base.execute("BEGIN IMMEDIATE")
         try:
             self._base.executemany("INSERT INTO events VALUES (?, ?, ?, ?, ?, ?)", rows)
@@ -179,7 +182,7 @@ class Journal:
         try:
             await asyncio.get_running_loop().run_in_executor(self._thread, work)
         except sqlite3.Error as error:
-            raise JournalError(f"{self._path}: {error}; is the disk full?") from None
+            raise JournalError(f"{self._path}: {error}; is the disk full, or does another program hold it?") from None
 
     def _deliver(self, event: Event) -> None:
         for queue in list(self._followers.get(event.run, ())):
@@ -188,3 +191,10 @@ class Journal:
             else:
                 queue.put_nowait(None)
                 self._followers[event.run].discard(queue)
+
+
+def _refuse(batch: list[tuple[Event, asyncio.Future[Event]]], error: JournalError) -> None:
+    for _, written in batch:
+        if not written.done():
+            written.set_exception(error)
+            written.exception()  # whoever appended may have been cancelled

@@ -5,6 +5,7 @@ Called by `run.py`.
 
 import asyncio
 import random
+import secrets
 from collections.abc import Callable
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -90,35 +91,41 @@ class _Folding:
     def __init__(self) -> None:
         self._text = {"content": "", "reasoning_content": ""}
         self._calls: list[Json] = []
+        self._places: dict[int, int] = {}  # of the call that an index means now
         self._finish = ""
-        self._usage = Usage()
+        self._usage: Usage | None = None
+        self._pieces = 0
 
     def add(self, event: Json) -> int:
         """Take a chunk; 1 where it brought text."""
-        if event.get("usage"):
-            usage = event["usage"]
-            cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
-            self._usage = Usage(usage["prompt_tokens"], cached, usage["completion_tokens"])
+        if event["usage"]:
+            self._usage = Usage(**event["usage"])
         came = 0
-        for choice in event.get("choices", ()):
+        for choice in event["choices"]:
             self._finish = choice.get("finish_reason") or self._finish
-            delta = choice.get("delta") or {}
-            for name in self._text:
-                self._text[name] += delta.get(name) or ""
-                came = came or bool(delta.get(name))
-            for call in delta.get("tool_calls") or ():
+            delta = choice["delta"]
+            for name, text in (
+                ("content", delta["content"]),
+                ("reasoning_content", delta["reasoning_content"] or delta["reasoning"]),
+            ):
+                self._text[name] += text
+                came = came or bool(text)
+            for call in delta["tool_calls"]:
                 self._call(call)
                 came = 1
+        self._pieces += came
         return int(came)
 
     def _call(self, call: Json) -> None:
-        function = call.get("function") or {}
-        while len(self._calls) <= call["index"]:
+        """A piece of a call; an index that comes with another id means another call."""
+        place = self._places.get(call["index"])
+        if place is None or (call["id"] and self._calls[place]["id"] not in ("", call["id"])):
+            place = self._places[call["index"]] = len(self._calls)
             self._calls.append({"id": "", "type": "function", "function": {"name": "", "arguments": ""}})
-        mine = self._calls[call["index"]]
-        mine["id"] = call.get("id") or mine["id"]
-        mine["function"]["name"] = function.get("name") or mine["function"]["name"]
-        mine["function"]["arguments"] += function.get("arguments") or ""
+        mine = self._calls[place]
+        mine["id"] = call["id"] or mine["id"]
+        mine["function"]["name"] = call["name"] or mine["function"]["name"]
+        mine["function"]["arguments"] += call["arguments"]
 
     def turn(self) -> Turn:
         if not self._finish:
@@ -127,5 +134,10 @@ class _Folding:
         if self._text["reasoning_content"]:
             message["reasoning_content"] = self._text["reasoning_content"]
         if self._calls:
+            seen: set[str] = set()
+            for i, call in enumerate(self._calls):
+                if not call["id"] or call["id"] in seen:
+                    call["id"] = f"functions.{call['function']['name']}:{i}.{secrets.token_hex(4)}"
+                seen.add(call["id"])
             message["tool_calls"] = self._calls
-        return Turn(message, self._finish, self._usage)
+        return Turn(message, str(self._finish), self._usage or Usage(completion=self._pieces))

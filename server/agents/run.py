@@ -7,6 +7,7 @@ Called by `swarm.py`.
 """
 
 import asyncio
+import contextlib
 import itertools
 import json
 from collections import Counter
@@ -15,9 +16,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from server.agents.budget import Budget, Limits, Spent
-from server.agents.journal import Journal
+from server.agents.journal import Journal, JournalError
 from server.agents.model import Model, TooLong, Turn
-from server.agents.tools import ASSIGN, CREATE, Call, Json, Tool, ToolError, read_call, shortened
+from server.agents.tools import ASSIGN, CREATE, Call, Json, Tool, ToolError, clean, read_call, shortened
 from server.upstream import UpstreamError
 
 ORCHESTRATOR = (
@@ -25,10 +26,15 @@ ORCHESTRATOR = (
     "role, give each its task in one turn, do the rest yourself, and answer from the results."
 )
 MAIN = "main"
+LAST_SECONDS = 60.0  # for the turn after a limit
 SAME_CALLS = 3  # times that an agent may make one call before it is told to stop
 LAST = "No more tools can be used: {}. Answer now from what you have, and say what is missing."
 LEFT_OUT = "[{:,} characters of an older result left out]"
 KEPT_RESULT = 200  # characters; longer results are what a full context can do without
+
+
+class NoAnswer(Exception):
+    """An agent ended without one. One line: why."""
 
 
 class RunFailed(Exception):
@@ -41,10 +47,11 @@ class Agent:
 
     id: str  # "main", or its parent's with a number
     name: str
-    steps: int = 0  # turns that called tools
+    steps: int = 0  # turns
     critical: int = 0  # steps on the longest path through it
     messages: list[Json] = field(default_factory=list)
     calls: Counter[str] = field(default_factory=Counter)
+    limit: str = ""  # what was spent when it wanted more
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,18 +95,23 @@ class Run:
 
     async def go(self, task: str) -> Outcome:
         """Run to the end. Raises RunFailed, JournalError; cancelled, it is over within one step."""
+        task = clean(task)
         await self._journal.begin(self._run, task)
         main = Agent(MAIN, "orchestrator")
         main.messages = [{"role": "system", "content": ORCHESTRATOR}, {"role": "user", "content": task}]
         await self._log("", "began", limits=asdict(self._limits))
         try:
             answer = await self._converse(main, [CREATE, ASSIGN], self._limits.orchestrator_steps)
-        except UpstreamError as error:
-            await self._log("", "failed", reason=str(error))
-            raise RunFailed(str(error)) from None
         except asyncio.CancelledError:
-            await asyncio.shield(self._log("", "cancelled"))
+            with contextlib.suppress(JournalError):
+                await asyncio.shield(self._log("", "cancelled"))
             raise
+        except JournalError:
+            raise
+        except Exception as error:
+            reason = str(error) if isinstance(error, UpstreamError | NoAnswer) else repr(error)
+            await self._log("", "failed", reason=reason)
+            raise RunFailed(reason) from error
         outcome = Outcome(
             answer,
             self._limit,
@@ -119,10 +131,12 @@ class Run:
             await self._log(agent.id, "message", message=message)
         while True:
             try:
-                self._budget.check_turn(agent.steps, most_steps)
+                self._budget.check()
+                if agent.limit or agent.steps >= most_steps:
+                    raise Spent(agent.limit or f"all {most_steps} steps of this agent are taken")
+                turn = await self._turn(agent, tools, self._budget.seconds_left)
             except Spent as spent:
                 return await self._last(agent, str(spent))
-            turn = await self._turn(agent, tools)
             agent.steps += 1
             agent.critical += 1
             self._steps += 1
@@ -137,9 +151,20 @@ class Run:
             self._limit = why
         await self._log(agent.id, "limit", reason=why)
         await self._say(agent, {"role": "user", "content": LAST.format(why)})
-        return _text(await self._turn(agent, []))
+        try:
+            return _text(await self._turn(agent, [], LAST_SECONDS))
+        except Spent:
+            raise NoAnswer(f"{why}, and the last turn took more than {LAST_SECONDS:g} s") from None
 
-    async def _turn(self, agent: Agent, tools: list[Json]) -> Turn:
+    async def _turn(self, agent: Agent, tools: list[Json], seconds: float) -> Turn:
+        """The next turn, if it takes no longer; raises Spent."""
+        try:
+            async with asyncio.timeout(seconds):
+                return await self._whole_turn(agent, tools)
+        except TimeoutError:
+            raise Spent(self._budget.late) from None
+
+    async def _whole_turn(self, agent: Agent, tools: list[Json]) -> Turn:
         await self._log(agent.id, "thinks")
         for room in (None, 2, 0):  # tool results that stay whole, from the newest; None: all
             if room is not None:
@@ -178,8 +203,15 @@ class Run:
             made = read_call(call, tools)
             self._refuse_repetition(agent, made)
             text = await self._carry_out(agent, made, longest)
-        except (ToolError, Spent) as error:
+        except Spent as spent:
+            agent.limit = str(spent)
+            text, failed = f"Error: {spent}", True
+        except ToolError as error:
             text, failed = f"Error: {error}", True
+        except JournalError:
+            raise
+        except Exception as error:  # noqa: BLE001 a tool's own fault is no reason to end its siblings
+            text, failed = f"Error: {error!r}", True
         text = shortened(text, self._limits.output_bytes)
         message = {"role": "tool", "tool_call_id": call["id"], "content": text}
         await self._log(agent.id, "result", call=call["id"], message=message, failed=failed)
@@ -224,7 +256,7 @@ class Run:
                 answer = await self._converse(child, [], self._limits.subagent_steps)
             ending = "done"
             return answer
-        except UpstreamError as error:
+        except (UpstreamError, NoAnswer) as error:
             ending = "failed"
             raise ToolError(f"the sub-agent {name!r} failed: {error}") from None
         finally:
@@ -240,7 +272,11 @@ class Run:
 
 
 def _text(turn: Turn) -> str:
-    return turn.message.get("content") or ""
+    """The answer; raises NoAnswer for an empty one, such as one that was cut in its reasoning."""
+    text: str = turn.message["content"]
+    if not text.strip():
+        raise NoAnswer(f"the model gave no answer (its turn ended with {turn.finish})")
+    return text
 
 
 def _compacted(messages: list[Json], whole: int) -> list[Json]:

@@ -55,7 +55,7 @@ def read_call(call: Json, tools: list[Json]) -> Call:
         raise ToolError(f"there is no tool {name!r}; there are {', '.join(known)}")
     try:
         arguments = json.loads(text or "{}")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ToolError(f"{name}: the arguments are not JSON: {error}") from None
     if not isinstance(arguments, dict):
         raise ToolError(f"{name}: the arguments are no object")
@@ -66,14 +66,19 @@ def read_call(call: Json, tools: list[Json]) -> Call:
     for key in arguments:
         if key not in wanted:
             raise ToolError(f"{name}: there is no parameter {key!r}; there are {', '.join(wanted)}")
-    return Call(call["id"], name, arguments)
+    return Call(call["id"], name, {key: clean(text) for key, text in arguments.items()})
+
+
+def clean(text: str) -> str:
+    """Without lone surrogates, half an emoji, which no file and no log can hold."""
+    return text.encode(errors="replace").decode()
 
 
 def shortened(text: str, most_bytes: int) -> str:
     """At most so many bytes of a result, its beginning and its end."""
-    raw = text.encode()
+    raw = text.encode(errors="replace")
     if len(raw) <= most_bytes:
-        return text
+        return raw.decode()
     half = most_bytes // 2
     start, end = raw[:half].decode(errors="ignore"), raw[-half:].decode(errors="ignore")
     return f"{start}\n[{len(raw) - 2 * half:,} bytes left out]\n{end}"

@@ -4,6 +4,7 @@ Reads the run's events only, so that it shows a run of another process as well. 
 """
 
 import time
+import unicodedata
 from dataclasses import dataclass, field
 
 from rich.console import Console, Group, RenderableType
@@ -12,7 +13,6 @@ from rich.table import Table
 from rich.text import Text
 
 from server.agents.journal import Event
-from server.chat_client import printable
 
 STYLES = {"thinks": "cyan", "calls": "yellow", "done": "green", "failed": "red", "cancelled": "red", "waits": "dim"}
 REFRESHES = 8  # a second
@@ -54,7 +54,8 @@ class View:
 
     def told(self, agent: str, pieces: int) -> None:
         """Text came."""
-        self._lines[agent].pieces += pieces
+        if (line := self._lines.get(agent)) is not None:
+            line.pieces += pieces
 
     def take(self, event: Event) -> None:
         """The next event of the run."""
@@ -63,7 +64,7 @@ class View:
         line = self._lines.setdefault(event.agent, Line("orchestrator", event.agent.count(".")))
         match event.kind:
             case "created":
-                line.name = event.data["name"]
+                line.name = _one_line(event.data["name"])
             case "thinks":
                 line.state, line.doing, line.pieces, line.since = "thinks", "", 0, time.monotonic()
             case "turn":
@@ -83,7 +84,7 @@ class View:
     def _tell(self, line: Line) -> None:
         if not self._console.is_terminal:
             self._console.print(
-                f"{printable(line.name)}: {line.state}, {line.steps} steps, {line.tokens} tokens",
+                f"{line.name}: {line.state}, {line.steps} steps, {line.tokens} tokens",
                 markup=False,
                 highlight=False,
             )
@@ -100,11 +101,16 @@ class View:
             seconds = time.monotonic() - line.since
             rate = f"{line.pieces / seconds:.0f}/s" if line.state == "thinks" and seconds > 0.2 else ""
             table.add_row(
-                Text("  " * line.depth + printable(line.name)),
+                Text("  " * line.depth + line.name),
                 Text(line.state, style=STYLES[line.state]),
                 f"{line.steps} steps",
                 f"{line.tokens + (line.pieces if line.state == 'thinks' else 0)} tokens",
                 rate,
-                Text(printable(line.doing).replace("\n", " "), style="dim", overflow="ellipsis", no_wrap=True),
+                Text(_one_line(line.doing), style="dim", overflow="ellipsis", no_wrap=True),
             )
         return Group(head, table)
+
+
+def _one_line(text: str) -> str:
+    """Nothing that moves the cursor or turns the direction of writing."""
+    return "".join(c if unicodedata.category(c) not in ("Cc", "Cf") else " " for c in text)

@@ -1,5 +1,8 @@
 """The file tools: what they do, and that nothing outside the workspace can be read, written or listed."""
 
+import asyncio
+import errno
+import io
 import os
 import threading
 from pathlib import Path
@@ -120,3 +123,39 @@ async def test_sizes(space: Path) -> None:
     with pytest.raises(ToolError, match="more than"):
         await tools(space)["write_file"].run({"path": "huge", "content": "x" * (9 << 20)})
     assert not (space / "huge").exists()
+
+
+async def test_a_full_disk_leaves_the_old_text(space: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Full(io.BytesIO):
+        def write(self, data: object) -> int:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    def opened(file: int, mode: str) -> Full:
+        os.close(file)
+        return Full()
+
+    there = tools(space)["write_file"]
+    with monkeypatch.context() as patched, pytest.raises(ToolError, match=r"a\.txt: no space left on device"):
+        patched.setattr("server.agents.files.open", opened, raising=False)
+        await there.run({"path": "a.txt", "content": "new"})
+    assert (space / "a.txt").read_text() == "colour: blue\n"
+    assert not [name for name in os.listdir(space) if name.endswith(".part")]
+
+
+async def test_many_at_once(space: Path) -> None:
+    """Writers never mix, readers never see half a text, and each list of the workspace is whole."""
+    there, texts = tools(space), {letter * n for letter, n in (("A", 400_000), ("B", 1000))}
+    await there["write_file"].run({"path": "shared", "content": "A" * 400_000})
+    whole = await there["list_files"].run({"path": "."})
+    calls = [there["write_file"].run({"path": "shared", "content": text}) for text in texts for _ in range(10)]
+    calls += [there["read_file"].run({"path": "shared"}) for _ in range(20)]
+    calls += [there["list_files"].run({"path": ""}) for _ in range(20)]
+    found = await asyncio.gather(*calls)
+    assert set(found[20:40]) <= texts
+    lists = ["\n".join(name for name in text.split("\n") if not name.endswith(".part")) for text in found[40:]]
+    assert set(lists) == {whole}
+
+
+async def test_a_name_that_is_no_text(space: Path) -> None:
+    (space / os.fsdecode(b"odd\xff")).write_text("x")
+    assert "odd\N{REPLACEMENT CHARACTER}" in await tools(space)["list_files"].run({"path": "."})

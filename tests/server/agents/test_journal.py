@@ -73,7 +73,7 @@ async def test_a_full_disk_is_one_line_and_leaves_no_gap(tmp_path: Path) -> None
     await journal.append("r", "", "began", {})
     pages = journal._base.execute("PRAGMA page_count").fetchone()[0]
     journal._base.execute(f"PRAGMA max_page_count = {pages}")
-    with pytest.raises(JournalError, match=r"runs.db: database or disk is full; is the disk full\?"):
+    with pytest.raises(JournalError, match=r"runs.db: database or disk is full; is the disk full"):
         await asyncio.gather(*(journal.append("r", "main", "turn", {"text": "x" * 5000}) for _ in range(3)))
     journal._base.execute("PRAGMA max_page_count = 100000")
     assert [event.seq for event in journal.read("r")] == [1]
@@ -126,3 +126,13 @@ def test_killed_at_any_time_nothing_told_is_lost(tmp_path: Path) -> None:
         assert base.execute("PRAGMA integrity_check").fetchone() == ("ok",)
         base.close()
         assert found == [*range(1, len(found) + 1)] and len(found) >= max(map(int, told))
+
+
+async def test_what_cannot_be_written_is_an_error_and_not_a_wait_for_ever(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "runs.db")
+    await journal.begin("r", "a task")
+    with pytest.raises(JournalError, match=r"runs\.db"):
+        await asyncio.wait_for(journal.append("r", "main", "turn", {"bad": object()}), 10)
+    assert (await asyncio.wait_for(journal.append("r", "main", "turn", {}), 10)).seq == 1
+    await asyncio.wait_for(journal.close(), 10)
+    assert (tmp_path / "runs.db").stat().st_mode & 0o777 == 0o600

@@ -155,3 +155,46 @@ async def test_search(scripted: tuple[Scripted, str]) -> None:
             await search.run({"query": "x"})
     with pytest.raises(ToolError, match="cannot be reached"):
         await Search("http://127.0.0.1:9").run({"query": "x"})
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        [],
+        {"choices": [None]},
+        {"choices": 3},
+        chunk(tool_calls=[None]),
+        chunk(tool_calls=[{"index": -1, "function": {}}]),
+        chunk(tool_calls=[{"index": 2_000_000, "function": {}}]),
+        chunk(tool_calls=[{"index": 0, "function": {"arguments": {}}}]),
+        chunk(content=["x"]),
+        {"choices": [], "usage": {"prompt_tokens": "many"}},
+    ],
+)
+async def test_odd_chunks_are_one_line(scripted: tuple[Scripted, str], event: Any) -> None:
+    script, url = scripted
+    script.replies.append([event, *ANSWER])
+    with pytest.raises(UpstreamError, match="what answers there is no OpenAI-compatible server"):
+        await served(url).ask([], [], False, lambda n: None)
+
+
+async def test_what_servers_leave_out(scripted: tuple[Scripted, str]) -> None:
+    """No index, no ids, one index for all, half an emoji, usage with nothing in it, an error that is null."""
+    script, url = scripted
+    call = {"function": {"name": "a", "arguments": "{}"}}
+    script.replies.append(
+        [
+            {"error": None, **chunk(content="a\ud800b")},
+            chunk(tool_calls=[call]),
+            chunk(tool_calls=[{"index": 1, "id": "x", **call}]),
+            chunk(tool_calls=[{"index": 1, "id": "y", **call}]),
+            chunk("tool_calls"),
+            {"choices": None, "usage": {}},
+        ]
+    )
+    turn = await served(url).ask([], [], False, lambda n: None)
+    assert turn.message["content"].encode().startswith(b"a") and turn.message["content"].endswith("b")
+    ids = [one["id"] for one in turn.message["tool_calls"]]
+    assert len(set(ids)) == 3 and all(ids) and ids[1:] == ["x", "y"]
+    assert [one["function"]["arguments"] for one in turn.message["tool_calls"]] == ["{}"] * 3
+    assert turn.usage.completion == 4

@@ -122,7 +122,7 @@ def swarm_of(agents: int, calls: int) -> Script:
 
 async def test_a_hundred_sub_agents_with_fifteen_calls_each(journal: Journal) -> None:
     echo, model = Echo(0.002), ScriptedModel(swarm_of(100, 15), 0.002)
-    outcome = await go(journal, model, echo, limits=Limits(tool_calls=1701))
+    outcome = await go(journal, model, echo, limits=Limits(tool_calls=1700))
     assert outcome.answer.splitlines() == [f"agent {i}: 15" for i in range(100)]
     assert sorted(echo.calls) == sorted(f"agent {i} {j}" for i in range(100) for j in range(15))
     assert (outcome.limit, outcome.tool_calls) == (None, 1500 + 200)
@@ -233,7 +233,7 @@ async def test_the_same_call_again_and_again(journal: Journal) -> None:
 @pytest.mark.parametrize(
     ("limits", "reason"),
     [
-        (Limits(tool_calls=4), "all 4 tool calls are made"),
+        (Limits(tool_calls=4), "all 4 tool calls of the run are made"),
         (Limits(orchestrator_steps=4), "all 4 steps of this agent are taken"),
         (Limits(tokens=40), "48 of 40 tokens are used"),
         (Limits(seconds=0.1), "0.1 seconds have passed"),
@@ -316,3 +316,45 @@ async def test_a_full_disk_ends_the_run_with_one_error(journal: Journal) -> None
     journal._base.execute(f"PRAGMA max_page_count = {pages + 3}")
     with pytest.raises(JournalError, match="is the disk full"):
         await go(journal, ScriptedModel(swarm_of(20, 5)), Echo())
+
+
+async def test_a_turn_that_hangs_ends_with_the_time(journal: Journal, monkeypatch: pytest.MonkeyPatch) -> None:
+    def script(messages: list[Json], tools: list[Json]) -> Turn | str:
+        return "late" if tools else "so far"
+
+    model = ScriptedModel(script)
+    ask = model.ask
+
+    async def slow(messages: list[Json], tools: list[Json], patient: bool, told: Callable[[int], None]) -> Turn:
+        if tools:
+            await asyncio.sleep(60)
+        return await ask(messages, tools, patient, told)
+
+    monkeypatch.setattr(model, "ask", slow)
+    outcome = await asyncio.wait_for(go(journal, model, limits=Limits(seconds=0.1)), 10)
+    assert (outcome.answer, outcome.limit) == ("so far", "0.1 seconds have passed")
+
+
+@pytest.mark.parametrize("said", ["", " \n"])
+async def test_no_answer_is_no_success(journal: Journal, said: str) -> None:
+    with pytest.raises(RunFailed, match=r"the model gave no answer \(its turn ended with stop\)"):
+        await go(journal, ScriptedModel(lambda *_: said))
+    assert journal.read("r")[-1].kind == "failed"
+
+
+async def test_a_tool_that_breaks_is_data(journal: Journal) -> None:
+    class Broken(Echo):
+        async def run(self, arguments: dict[str, str]) -> str:
+            raise RuntimeError("a fault of its own")
+
+    said = iter([calling(("echo", {"text": "a"})), "done"])
+    model = ScriptedModel(lambda *_: next(said))
+    assert (await go(journal, model, Broken())).answer == "done"
+    assert results(model.asked[1]) == ["Error: RuntimeError('a fault of its own')"]
+
+
+async def test_half_an_emoji_reaches_no_tool_and_no_log_as_it_is(journal: Journal) -> None:
+    said = iter([calling(("echo", '{"text": "a\\ud800b"}')), "done"])
+    model, echo = ScriptedModel(lambda *_: next(said)), Echo()
+    assert (await asyncio.wait_for(go(journal, model, echo), 10)).answer == "done"
+    assert echo.calls == ["a?b"]
