@@ -258,9 +258,8 @@ class EngineConfig:
     `stream_rates` of this machine say; 0 for none.
     `ping_pong` runs steps as two halves that take turns at the device and the experts: "auto" where trying shows that
     it pays, "on" wherever there are two rows. `handoff` lets the device release the expert workers by a flag instead of
-    being waited for: None does so on cuda. `warm` lets idle workers read likely experts into the processor's cache.
+    being waited for. `warm` lets idle workers read likely experts into the processor's cache.
     `graphs` replays the device's part of decode steps from CUDA graphs, on cuda.
-    it pays, "on" wherever there are two rows.
     `vram_slots` are experts of each MoE layer that lie on the device as well; () for none anywhere.
     """
 
@@ -281,7 +280,7 @@ class EngineConfig:
     ring_bytes: int = 0
     stream_rates: "StreamRates | None" = None
     ping_pong: Literal["off", "auto", "on"] = "off"
-    handoff: bool | None = None
+    handoff: bool = False
     warm: bool = False
     graphs: bool = False
     vram_slots: tuple[int, ...] = ()

@@ -93,8 +93,9 @@ class Engine:
         self._experts = self._open_experts(backend, topology, progress, notice)
         self._transformer = build_model(self.model, self._tensors, self._experts, config.mla, watch)
         self._cache = allocate(self.model, config.n_pages, config.page_size, dtype, self._device, config.kv_dtype)
-        self._ram_tier = RamTier(self._cache.storage(), config.n_ram_pages)
-        self._ping_pong = PingPong(config.ping_pong, notice)
+        self._ram_tier = RamTier(self._cache.storage(), config.n_ram_pages, notice)
+        # A record of the routing wants a layer's tokens all at once.
+        self._ping_pong = PingPong("off" if watch else config.ping_pong, notice)
         self._notice = notice
         self._segments = self._new_segments()
 
@@ -250,8 +251,7 @@ class Engine:
         for line in store.notices:
             notice(line)
         progress("compiling expert kernels, or loading them from the cache", 0, 0)
-        hands_over = config.handoff if config.handoff is not None else self._device.type == "cuda"
-        experts = Experts(store, config.pool, topology, self._device if hands_over else None, config.warm)
+        experts = Experts(store, config.pool, topology, self._device if config.handoff else None, config.warm)
         if not any(config.vram_slots) and not config.ring_bytes:
             return experts
         slots = config.vram_slots or (0,) * len(model.moe_layers)
@@ -269,8 +269,8 @@ class Engine:
         if config.expert_ram is not None:
             return config.expert_ram
         token = kv_bytes_per_token(self.model, DTYPES[config.dtype].itemsize, config.kv_dtype)
-        cache = config.n_pages * config.page_size * token
-        return ram()[1] - HOST_RESERVE - (cache if config.device == "cpu" else 0)
+        n_pages = config.n_ram_pages + (config.n_pages if config.device == "cpu" else 0)
+        return ram()[1] - HOST_RESERVE - n_pages * config.page_size * token
 
     def _answer(self, rows: Sequence[Row], hidden: torch.Tensor) -> tuple[RowOutput, ...]:
         starts = row_starts(rows)

@@ -7,13 +7,13 @@ never looks at what lies here. Without CUDA the same code makes plain copies.
 Which prefix lies in which page is `hybrid.pages`' business. Called by `hybrid.engine`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from hybrid.batch import Moves
-from hybrid.config import ConfigError
+from offload.copies import forget_refusal
 
 WORDS = (torch.int64, torch.int32, torch.int16)
 
@@ -21,16 +21,23 @@ WORDS = (torch.int64, torch.int32, torch.int16)
 class RamTier:
     """`n_pages` pages in RAM beside a cache's memory: tensors (L, P, page_size, …) whose second axis is the page."""
 
-    def __init__(self, storage: Sequence[torch.Tensor], n_pages: int) -> None:
-        """Raises ConfigError where CUDA will not pin so much."""
+    def __init__(
+        self, storage: Sequence[torch.Tensor], n_pages: int, notice: Callable[[str], None] = lambda line: None
+    ) -> None:
+        """Where CUDA will not pin so much, copies wait for one another: slower, and right."""
         self.n_pages = n_pages
         self._device = [_as_words(tensor) for tensor in storage]  # each (L, P, W)
         self._pinned = bool(n_pages) and storage[0].device.type == "cuda"
         self._host = [
             torch.empty((n_pages, words.shape[0], words.shape[2]), dtype=words.dtype) for words in self._device
         ]
-        for tensor in self._host if self._pinned else ():
-            _pin(tensor)
+        for i, tensor in enumerate(self._host if self._pinned else ()):
+            if int(_runtime().cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0)):
+                forget_refusal()
+                self._release(i)
+                gigabytes = sum(one.nbytes for one in self._host) / 1e9
+                notice(f"--kv-ram: CUDA does not pin {gigabytes:.1f} GB of RAM: pages are copied more slowly")
+                break
 
     @property
     def page_bytes(self) -> int:
@@ -50,9 +57,13 @@ class RamTier:
         """Let go of the memory. No step may be running."""
         if self._pinned:
             torch.cuda.synchronize()
-            for tensor in self._host:
-                _runtime().cudaHostUnregister(tensor.data_ptr())
-        self._pinned, self._host = False, []
+            self._release(len(self._host))
+        self._host = []
+
+    def _release(self, n: int) -> None:
+        for tensor in self._host[:n]:
+            _runtime().cudaHostUnregister(tensor.data_ptr())
+        self._pinned = False
 
 
 def check_moves(moves: Moves, n_pages: int, n_ram_pages: int) -> None:
@@ -72,13 +83,3 @@ def _as_words(tensor: torch.Tensor) -> torch.Tensor:
 def _runtime() -> Any:
     """CUDA's own functions, as torch has loaded them."""
     return torch.cuda.cudart()  # type: ignore[no-untyped-call]
-
-
-def _pin(tensor: torch.Tensor) -> None:
-    """Register ordinary memory with CUDA: torch's own pinned memory is rounded up to a power of two."""
-    status = _runtime().cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0)
-    if int(status) != 0:
-        raise ConfigError(
-            f"--kv-ram: CUDA does not pin {tensor.nbytes / 1e9:.1f} GB of RAM (error {int(status)}): "
-            "name a smaller size, or 0 for none"
-        )

@@ -225,7 +225,7 @@ class Segments:
             self.eager["cannot be captured"] += 1
             return None
         if shape not in self._lanes:
-            inputs = StaticInputs(*shape[1:], page_size, self._model.embed.device)
+            inputs = StaticInputs(*shape[1:], page_size, self._model.norm.device)  # the embedding may lie in RAM
             self._lanes[shape] = CapturedLane(inputs, self._model, self._cache, self._recorders[half])
         self._lanes[shape].begin(rows)
         self.replayed += 1

@@ -5,6 +5,7 @@ device: every operation is over when it returns, so an event has nothing to wait
 same. Knows no experts. Called by `offload.ring` and `offload.streaming`.
 """
 
+import contextlib
 import math
 from dataclasses import dataclass, field
 from typing import Any
@@ -122,8 +123,7 @@ class Pinned:
 
         False, and nothing of it pinned, where the system or the driver refuses.
         """
-        if address % PAGE:  # a file is mapped with its header
-            return False
+        assert address % PAGE == 0, "memory that begins a page"
         whole = math.lcm(step, PAGE)
         chunk = -(-CHUNK // whole) * whole
         before = len(self.addresses)
@@ -131,6 +131,7 @@ class Pinned:
             size = min(chunk, address + n_bytes - at)
             if int(_runtime().cudaHostRegister(at, size, 0)):
                 self._drop(before)
+                forget_refusal()
                 return False
             self.addresses.append(at)
         return True
@@ -142,6 +143,12 @@ class Pinned:
     def _drop(self, keep: int) -> None:
         while len(self.addresses) > keep:
             _runtime().cudaHostUnregister(self.addresses.pop())
+
+
+def forget_refusal() -> None:
+    """CUDA keeps the error of a refused registration and hands it to the next launch that asks: this one."""
+    with contextlib.suppress(RuntimeError):
+        torch.zeros(1, device="cuda").add_(1)
 
 
 def _runtime() -> Any:

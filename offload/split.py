@@ -67,7 +67,11 @@ class SplitPending:
         """Block until the CPU's sum is there: both together (T, D), in x's dtype, on x's device. Raises PoolError when
         a worker failed."""
         if self.later is not None:
-            self.total = self.later()
+            try:
+                self.total = self.later()
+            except BaseException:  # the device's memory is full, say: the CPU's part ends, so that a step can follow
+                self._host.wait()
+                raise
         if self.total is None:
             result = self._host.wait()
         else:

@@ -57,6 +57,11 @@ class ExpertStore:
         n_experts = len(self.layers) * self.geometry.n_experts
         return [(address_of(owner), len(owner), len(owner) // n_experts) for owner in self._owners]
 
+    @property
+    def mapped(self) -> bool:
+        """True where a file is mapped, which a GPU's driver does not pin: its pages cannot be written to."""
+        return any(owner.readonly for owner in self._owners)
+
     def close(self) -> None:
         """Lets go of the memory; the addresses are void afterwards."""
         for owner in self._owners:

@@ -127,9 +127,11 @@ class Streaming:
                 pass
             loan = self._loans.pop((self._layer, expert))
             data = self._ring.read(loan)
-            for some in torch.split(places, PIECE_ROWS):
-                self._product.add(out, x, some // k, shares[some], data)
-            self._ring.done(loan)
+            try:
+                for some in torch.split(places, PIECE_ROWS):
+                    self._product.add(out, x, some // k, shares[some], data)
+            finally:
+                self._ring.done(loan)
             self._fill()
         self._order = []
         for _ in beside:
@@ -194,7 +196,7 @@ def open_streaming(
 def _pin(store: ExpertStore, notice: Notice) -> Pinned | None:
     """The store's memory pinned where it lies; None where that is refused: a mapped file, or too much at once."""
     pinned = Pinned()
-    if all(pinned.add(*arena) for arena in store.arenas):
+    if not store.mapped and all(pinned.add(*arena) for arena in store.arenas):
         return pinned
     pinned.close()
     notice("the experts' memory cannot be pinned: streamed ones are copied once more on the host, which is slower")

@@ -173,6 +173,8 @@ def _try_backends(model_dir: Path, model: ModelConfig, plan: Plan, save: Callabl
     settings = plan.settings
     if not installed() or settings.expert_precision != "a8" or settings.isa is not None:
         return plan
+    if any(settings.slots) or settings.ring:  # kt-kernel would run all experts by itself
+        return plan
     with closing(Checkpoint(model_dir)) as checkpoint:
         published = Published(
             checkpoint, model.expert_name, model.expert_geometry, model.moe_layers, model.num_experts_per_tok

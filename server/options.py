@@ -194,7 +194,7 @@ def _option(field: "dataclasses.Field[Any]", hint: Any) -> Option:
     choices = get_args(hint) if get_origin(hint) is Literal else ()
     if choices:
         kind: Kind = "choice"
-    elif field.name.endswith("_memory"):
+    elif field.name.endswith(("_memory", "_ram")):
         kind = "bytes"
     elif "file" in field.metadata:
         kind = "file"

@@ -167,3 +167,9 @@ def test_what_a_plan_settles_is_refused_beside_it(field: str) -> None:
 
 def test_what_a_plan_leaves_open() -> None:
     refuse_settled({option.field: option.default for option in OPTIONS if option.field not in SETTLED})
+
+
+@pytest.mark.parametrize(("text", "value"), [("8GiB", 8 << 30), ("0", 0), ("64000", 64000)])
+def test_memory_for_kept_pages(text: str, value: int) -> None:
+    (option,) = (option for option in server_options() if option.flag == "--kv-ram")
+    assert option.from_text(text) == value

@@ -108,7 +108,7 @@ def test_an_item_has_the_same_ids_wherever_it_stands(vocabulary: Vocabulary) -> 
     known = " ".join(words.PROPERTIES).split()
     rng = random.Random(2)
     same = [0, 0]
-    for _ in range(200):
+    for _ in range(600):
         for item in mixture.FULL.draw(rng).copied:
             first = re.split("[^A-Za-z]", item)[0]
             if not first or " " in item or first in known:  # the names of properties are ordinary words
