@@ -212,7 +212,7 @@ def other_machine(plan: Plan) -> Plan:
 
 
 def beyond_the_engine(plan: Plan) -> Plan:
-    return replace(plan, settings=replace(plan.settings, experts_leave_ram=True, embedding_in_ram=True))
+    return replace(plan, settings=replace(plan.settings, experts_leave_ram=True, pages_in_ram=5))
 
 
 def not_packed(plan: Plan) -> Plan:
@@ -228,7 +228,7 @@ def too_large(plan: Plan) -> Plan:
     [
         (other_model, "made for a test's model, whose config.json differs"),
         (other_machine, "made for a test's machine, which is other hardware"),
-        (beyond_the_engine, "the plan needs embedding in RAM, experts leaving RAM, which this version does not run"),
+        (beyond_the_engine, "the plan needs KV streamed from RAM, experts leaving RAM, which this version does not run"),
         (not_packed, "the plan maps the experts from a packed file: run `hybrid pack MODEL` first"),
         (too_large, f"the plan does not fit now: its {2**40} pages need "),
     ],
