@@ -228,7 +228,7 @@ def too_large(plan: Plan) -> Plan:
     [
         (other_model, "made for a test's model, whose config.json differs"),
         (other_machine, "made for a test's machine, which is other hardware"),
-        (beyond_the_engine, "the plan needs KV streamed from RAM, experts leaving RAM, which this version does not run"),
+        (beyond_the_engine, "the plan needs KV streamed from RAM, experts leaving RAM, which this version"),
         (not_packed, "the plan maps the experts from a packed file: run `hybrid pack MODEL` first"),
         (too_large, f"the plan does not fit now: its {2**40} pages need "),
     ],
